@@ -1,0 +1,53 @@
+"""The names of everything that is measured: one row each, and nothing else knows a metric by another name.
+
+`unit` is the base unit a value is stored in; `better` is the direction; `resource` is one of the survey's five
+(compute, memory, energy, money, network) or "quality". Budgets, meters, tasks, search and report read this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    name: str
+    unit: str
+    better: Literal["lower", "higher"]
+    resource: str
+    label: str
+
+
+_TABLE = [
+    Metric("flops", "FLOP/token", "lower", "compute", "operations per generated token"),
+    Metric("latency", "s/token", "lower", "compute", "time per output token after the first"),
+    Metric("ttft", "s", "lower", "compute", "time to first token"),
+    Metric("request", "s", "lower", "compute", "time of one whole request"),
+    Metric("decode", "token/s", "higher", "compute", "decode speed of one stream"),
+    Metric("prefill", "token/s", "higher", "compute", "prompt speed"),
+    Metric("throughput", "token/s", "higher", "compute", "output tokens per second at the workload's batch"),
+    Metric("mfu", "fraction", "higher", "compute", "share of the machine's arithmetic rate reached in prefill"),
+    Metric("mbu", "fraction", "higher", "memory", "share of the machine's read bandwidth reached in decode"),
+    Metric("memory", "byte", "lower", "memory", "peak resident memory of the serving process"),
+    Metric("gpu_memory", "byte", "lower", "memory", "peak memory allocated on the accelerator"),
+    Metric("size", "byte", "lower", "memory", "bytes of the weights on disk"),
+    Metric("kv", "byte/token", "lower", "memory", "key-value cache per token of context"),
+    Metric("energy", "J/token", "lower", "energy", "energy per output token, prompts included"),
+    Metric("carbon", "gCO2e/Mtoken", "lower", "energy", "emissions per million output tokens"),
+    Metric("money", "USD/Mtoken", "lower", "money", "cost per million output tokens"),
+    Metric("money_per_parameter", "USD/parameter", "lower", "money", "cost to make, per parameter"),
+    Metric("network", "byte", "lower", "network", "bytes to ship the artifact to one device"),
+    Metric("request_bytes", "byte", "lower", "network", "bytes on the wire of one request and its answer"),
+    Metric("agreement", "fraction", "higher", "quality", "tokens on which the top choice equals the parent's"),
+    Metric("kl", "nat/token", "lower", "quality", "mean KL divergence from the parent"),
+    Metric("kl_p99", "nat/token", "lower", "quality", "99th percentile of the KL divergence"),
+    Metric("loss", "nat/token", "lower", "quality", "mean log-loss on held-out text"),
+    Metric("perplexity", "1", "lower", "quality", "exp of the log-loss"),
+    Metric("accuracy", "fraction", "higher", "quality", "multiple-choice accuracy"),
+    Metric("label_loyalty", "fraction", "higher", "quality", "answers equal to the parent's"),
+    Metric("probability_loyalty", "fraction", "higher", "quality", "1 - Jensen-Shannon distance, base 2"),
+]
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
+RESOURCES = ("compute", "memory", "energy", "money", "network")

@@ -1,0 +1,1 @@
+"""System stage: where and how an artifact runs: engine, threads, batch, offload. One technique per file, none edited to add the next."""
