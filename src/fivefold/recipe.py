@@ -214,8 +214,8 @@ def fit(techniques: Iterable[Technique], traits: frozenset[Trait], owner: str) -
         return
     technique, trait, culprit = problem
     repair = next(
-        (drop for size in range(1, len(techniques) + 1) for drop in itertools.combinations(techniques, size)
-         if _first_misfit(tuple(t for t in techniques if t not in drop), traits) is None)
+        drop for size in range(1, len(techniques) + 1) for drop in itertools.combinations(techniques, size)
+         if _first_misfit(tuple(t for t in techniques if t not in drop), traits) is None
     )
     taken = f"which {culprit} takes away" if culprit else f"which {owner} does not have"
     choice = f" (or {culprit.name})" if culprit and len(repair) == 1 and repair[0] is technique else ""

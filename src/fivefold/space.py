@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 import typing
 from dataclasses import MISSING, dataclass, fields
@@ -130,7 +131,7 @@ def field_help(technique: type) -> dict[str, str]:
         return {}
     body = typing.cast(ast.ClassDef, tree.body[0]).body
     found = {}
-    for here, after in zip(body, body[1:], strict=False):
+    for here, after in itertools.pairwise(body):
         if (
             isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name)
             and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
