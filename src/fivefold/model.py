@@ -193,6 +193,41 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
     return out
 
 
+_PLANS = {"train": TrainPlan, "decode": DecodePlan, "run": RunPlan, "export": ExportPlan}
+_PATHS = {"path", "calibration", "work", "importance", "solved"}
+
+
+def model_to_json(model: Model) -> dict[str, Any]:
+    """A model's description as plain JSON, to hand it to another process. Its inverse is `model_from_json`."""
+    return {
+        "name": model.name, "path": str(model.path), "format": model.format,
+        "blueprint": {f.name: getattr(model.blueprint, f.name) for f in fields(Blueprint)},
+        "traits": sorted(trait.name for trait in model.traits),
+        **{name: plan_to_json(getattr(model, name)) for name in _PLANS},
+        "origin": model_to_json(model.origin) if model.origin else None,
+        "calibration": str(model.calibration) if model.calibration else None,
+        "work": str(model.work) if model.work else None, "coverage": list(model.coverage),
+    }
+
+
+def model_from_json(data: Mapping[str, Any]) -> Model:
+    """The model that `model_to_json` described. Raises ModelError when a field is missing or unknown."""
+
+    def paths(record: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: Path(v) if k in _PATHS and v is not None else v for k, v in record.items()}
+
+    try:
+        plans = {name: plan(**paths(data[name])) for name, plan in _PLANS.items()}
+        changes = {
+            "blueprint": Blueprint(**data["blueprint"]), "traits": frozenset(Trait[t] for t in data["traits"]),
+            "origin": model_from_json(data["origin"]) if data["origin"] else None,
+            "coverage": tuple(data["coverage"]), **plans,
+        }
+        return Model(**{**paths(data), **changes})
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"a model description does not fit this version ({error}); make it again") from None
+
+
 def load(name: str | Path) -> Model:
     """A Hugging Face folder, a GGUF file, or a bundled name (`bundled.NAMES`) -> Model.
 
