@@ -13,6 +13,8 @@ from typing import Any, Self
 
 from fivefold.quantity import Measurement, Quantity
 
+EMPTY = Measurement({})
+
 
 class Outcome(enum.StrEnum):
     MEASURED = "measured"
@@ -41,9 +43,9 @@ class Trial:
     recipe: str
     outcome: Outcome
     sentence: str = ""
-    predicted: Measurement = Measurement({})
-    screen: Measurement = Measurement({})
-    measurement: Measurement = Measurement({})
+    predicted: Measurement = EMPTY
+    screen: Measurement = EMPTY
+    measurement: Measurement = EMPTY
     made: Mapping[str, Quantity] = field(default_factory=dict)
     spent: Mapping[str, float] = field(default_factory=dict)
     coverage: tuple[str, ...] = ()
@@ -58,7 +60,7 @@ class Trial:
         return self.measurement.value(metric) if self.outcome is Outcome.MEASURED else None
 
     def to_json(self) -> dict[str, Any]:
-        data = {k: v for k, v in asdict(replace(self, predicted=_NONE, screen=_NONE, measurement=_NONE, made={})).items()}
+        data = asdict(replace(self, predicted=EMPTY, screen=EMPTY, measurement=EMPTY, made={}))
         data["made"] = {k: q.to_json() for k, q in self.made.items()}
         for rung in ("predicted", "screen", "measurement"):
             data[rung] = getattr(self, rung).to_json()
@@ -74,5 +76,3 @@ class Trial:
         fields["coverage"] = tuple(fields["coverage"])
         return cls(**fields)
 
-
-_NONE = Measurement({})
