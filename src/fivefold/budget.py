@@ -147,7 +147,9 @@ class Allowance:
             unit = match and (match[1] or match[3])
             kind = next((k for k, units in tables.items() if unit in units), None)
             if not match or kind is None or not unit:
-                raise BudgetError(f"cannot read the allowance {part.strip()[:60]!r}; write it like 8min, 50Wh, $2 or 4GB")
+                raise BudgetError(
+                    f"cannot read the allowance {part.strip()[:60]!r}; write it like 8min, 50Wh, $2 or 4GB"
+                )
             if kind in found:
                 raise BudgetError(f"the allowance limits {kind} twice; keep one")
             found[kind] = _number(match[2], part) * tables[kind][unit]

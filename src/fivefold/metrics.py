@@ -51,3 +51,27 @@ _TABLE = [
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}
 RESOURCES = ("compute", "memory", "energy", "money", "network")
+
+_SCALES: dict[str, list[tuple[float, str]]] = {
+    "byte": [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")],
+    "s": [(1, "s"), (1e-3, "ms"), (1e-6, "µs")],
+    "J": [(3.6e6, "kWh"), (3600, "Wh"), (1, "J"), (1e-3, "mJ")],
+    "FLOP": [(1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP")],
+}
+
+
+def show(value: float | None, unit: str) -> str:
+    """A value in the unit a person would say: `show(2.6e8, "byte")` is "260 MB"; None is "-"."""
+    if value is None:
+        return "-"
+    base, _, per = unit.partition("/")
+    tail = f"/{per}" if per else ""
+    if base == "fraction":
+        return f"{100 * value:.1f} %"
+    if base == "USD":
+        return f"${value:.3g}{tail}"
+    for scale, name in _SCALES.get(base, []):
+        if abs(value) >= scale * 0.9995:
+            return f"{value / scale:.3g} {name}{tail}"
+    number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return number if unit == "1" else f"{number} {unit}"

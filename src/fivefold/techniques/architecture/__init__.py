@@ -1,1 +1,4 @@
-"""Architecture stage: the shape of the network: attention, experts, recurrences. One technique per file, none edited to add the next."""
+"""Architecture stage: the shape of the network: attention, experts, recurrences.
+
+One technique per file; none is edited to add the next.
+"""

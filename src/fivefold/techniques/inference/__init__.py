@@ -1,1 +1,4 @@
-"""Inference stage: compression (pruning, quantization, distillation) and dynamic acceleration. One technique per file, none edited to add the next."""
+"""Inference stage: compression (pruning, quantization, distillation) and dynamic acceleration.
+
+One technique per file; none is edited to add the next.
+"""

@@ -1,1 +1,4 @@
-"""System stage: where and how an artifact runs: engine, threads, batch, offload. One technique per file, none edited to add the next."""
+"""System stage: where and how an artifact runs: engine, threads, batch, offload.
+
+One technique per file; none is edited to add the next.
+"""
