@@ -22,7 +22,7 @@ import mmap
 import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,10 @@ def to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> Path:
-    """Write name -> (numpy array | torch tensor | StoredTensor) atomically, one tensor in memory at a time."""
+    """Write name -> tensor atomically, one tensor in memory at a time.
+
+    A tensor is a numpy array, a torch tensor, or anything like StoredTensor: `dtype`, `shape` and `raw()` -> bytes.
+    """
     names = sorted(tensors, key=lambda n: (-DTYPE_BYTES[_spec(tensors[n])[0]], n))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
@@ -218,22 +221,42 @@ def write_safetensors_folder(
         if like is not None:
             copy_side_files(like, work)
         if config is not None:
-            (work / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
+            dump_json(work / "config.json", config)
         for name, text in (texts or {}).items():
             (work / name).write_text(text, encoding="utf-8")
         write_safetensors(work / "model.safetensors", tensors)
     return folder
 
 
-def copy_side_files(source: Path, target: Path) -> None:
+def copy_side_files(source: Path, target: Path, names: Sequence[str] = SIDE_FILES) -> None:
     """Copy config, tokenizer, chat template and the like: small files only, never weights."""
-    for name in SIDE_FILES:
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
+def dump_json(path: Path, value: Mapping[str, Any]) -> Path:
+    """Indented UTF-8 JSON, written atomically."""
+    text = json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n"
+    return atomic_file(path, lambda file: file.write(text.encode()))
+
+
+def write_solved(folder: Path, tensors: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> Path:
+    """Already packed tensors for `ExportPlan.solved`: exported name -> (storage type, bytes)."""
+    types = {name: kind.upper() for name, (kind, _) in tensors.items()}
+    return write_safetensors(folder / "solved.safetensors", {n: data for n, (_, data) in tensors.items()}, types).parent
+
+
+def read_solved(folder: Path) -> dict[str, tuple[str, StoredTensor]]:
+    """What `write_solved` wrote: exported name -> (storage type, tensor of uint8)."""
+    file = folder / "solved.safetensors"
+    tensors = check_safetensors(file)
+    types = _safetensors_header(file)[0].get("__metadata__", {})
+    return {name: (str(types.get(name)), tensor) for name, tensor in tensors.items()}
+
+
 def _spec(value: Any) -> tuple[str, tuple[int, ...]]:
-    if isinstance(value, StoredTensor):
+    if hasattr(value, "raw"):
         return value.dtype, value.shape
     shape = tuple(int(n) for n in value.shape)
     name = str(value.dtype).removeprefix("torch.")
@@ -247,7 +270,7 @@ def _spec(value: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _bytes(value: Any) -> memoryview:
-    if isinstance(value, StoredTensor):
+    if hasattr(value, "raw"):
         return memoryview(value.raw())
     if not isinstance(value, np.ndarray):
         import torch
