@@ -1,0 +1,74 @@
+"""Importance of the columns of a matrix: the mean square of what flows into them.
+
+A linear layer computes y = W x. An error E in W costs |E x|^2 on average, which is the sum over rows of E C E^T with
+C = mean(x x^T). Its diagonal, mean(x_j^2), says how much an error in column j weighs; a rounding that minimises the
+weighted error spends its accuracy where the inputs are large. One forward pass over calibration text collects it for
+every linear layer: the memory is the model and one window's activations.
+
+The head reads the final hidden state. A token embedding that is only looked up passes every column on alike: ones.
+
+Source: importance matrix of llama.cpp (ggml-org/llama.cpp, tools/imatrix); Optimal Brain Surgeon for the algebra.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fivefold.model import Model
+from fivefold.techniques._shared.calibration import windows
+from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names, matrices
+from fivefold.techniques._shared.modules import forward, is_linear, load_module, stored_name, workspace
+from fivefold.weights import write_safetensors
+
+Vectors = dict[str, NDArray[np.float32]]
+
+
+def importance_file(model: Model, count: int) -> tuple[Path, int]:
+    """A safetensors file {exported tensor name: float32 (columns,)} and the number of tokens it was computed from."""
+    tokens = windows(model, count)
+    found = importance(model, load_module(model), tokens)
+    return write_safetensors(workspace(model, "importance") / "importance.safetensors", found), tokens.size
+
+
+def importance(model: Model, module: Any, tokens: NDArray[np.int64]) -> Vectors:
+    """Exported tensor name -> mean square of each input column, shape (columns,), over `tokens` (rows, length)."""
+    squares = input_squares(module, tokens)
+    names = exported_names(model)
+    shapes = matrices(model)
+    found = {}
+    for name, vector in squares.items():
+        if name == "head":
+            found[EMBEDDING if model.blueprint.tied else "output.weight"] = vector
+        else:
+            exported = names[stored_name(module, names, f"{name}.weight")]
+            found[exported] = vector
+    found.setdefault(EMBEDDING, np.ones(shapes[EMBEDDING][1], np.float32))
+    return found
+
+
+def input_squares(module: Any, tokens: NDArray[np.int64]) -> Vectors:
+    """Module name -> mean square of each input column of every linear layer; the head's inputs are under "head"."""
+    import torch
+
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str, inputs: torch.Tensor) -> None:
+        squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0, dtype=torch.float64)
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    head = module.get_output_embeddings()
+    handles = [
+        part.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        for name, part in module.named_modules() if is_linear(part) and part is not head
+    ]
+    try:
+        for row in tokens:
+            add("head", forward(module, row[None]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / tokens.size).float().numpy() for name, total in sums.items()}
