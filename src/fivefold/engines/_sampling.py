@@ -1,0 +1,73 @@
+"""Drawing one token from a row of logits: greedy, temperature, nucleus (top-p).
+
+Temperature T divides the logits. The nucleus is the smallest set of most probable tokens whose mass reaches top_p;
+only tokens of probability >= (1 - top_p) / vocab can belong to it, because the others together weigh less than
+1 - top_p. So a few hundred values are sorted, not the whole vocabulary.
+
+One uniform number is used per token, so equal seeds give equal text, with or without drafts.
+
+Source: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 1904.09751.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fivefold.engines import Sampling
+from fivefold.errors import DataError, NotFinite
+
+
+def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
+    """The function logits (vocab,) -> token id; it keeps the random state. Raises DataError on bad settings."""
+    if not sampling.temperature >= 0 or not 0 < sampling.top_p <= 1:
+        raise DataError(
+            f"temperature {sampling.temperature} and top_p {sampling.top_p} cannot be sampled with;"
+            " give temperature >= 0 and 0 < top_p <= 1"
+        )
+    if sampling.temperature == 0:
+        return greedy
+    random = np.random.default_rng(sampling.seed)
+    scale = np.float32(1 / sampling.temperature)
+
+    def draw(logits: NDArray[np.float32]) -> int:
+        weights = logits - logits.max()
+        weights *= scale
+        np.exp(weights, out=weights)
+        if sampling.top_p < 1:
+            return _from_nucleus(weights, sampling.top_p, random.random())
+        return _inverse(weights, random.random())
+
+    return draw
+
+
+def greedy(logits: NDArray[np.float32]) -> int:
+    return int(logits.argmax())
+
+
+def _inverse(weights: NDArray[np.float32], uniform: float) -> int:
+    """The index whose cumulative weight first exceeds uniform * total."""
+    cumulated = np.cumsum(weights, dtype=np.float64)
+    if not np.isfinite(cumulated[-1]):
+        raise NotFinite("the model's logits are not finite, so no token can be drawn")
+    return min(int(np.searchsorted(cumulated, uniform * cumulated[-1], "right")), len(weights) - 1)
+
+
+def _from_nucleus(weights: NDArray[np.float32], top_p: float, uniform: float) -> int:
+    total = float(weights.sum(dtype=np.float64))
+    candidates = np.flatnonzero(weights >= total * (1 - top_p) / len(weights) * 0.999)
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    mass = np.cumsum(weights[order], dtype=np.float64)
+    size = int(np.searchsorted(mass, top_p * total)) + 1
+    kept = order[:size]
+    return int(kept[_inverse(weights[kept], uniform)])
+
+
+def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32], block: int = 16) -> None:
+    """Row-wise log-softmax of (rows, vocab) into `out`, a few rows at a time so that they stay in the cache."""
+    for first in range(0, len(logits), block):
+        rows, target = logits[first : first + block], out[first : first + block]
+        np.subtract(rows, rows.max(axis=1, keepdims=True), out=target)
+        target -= np.log(np.exp(target).sum(axis=1, keepdims=True))

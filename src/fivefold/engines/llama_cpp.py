@@ -1,0 +1,232 @@
+"""llama.cpp: the fastest decoder of quantized files on a CPU, called through its C interface.
+
+A session owns the mapped weights and at most one context (cache, compute buffers). The context is made when a call
+needs it and only as large as that call needs: llama.cpp touches every page of the cache when it makes it, so a
+context of 2,048 tokens costs its full memory even if 300 are used. It is kept for later calls that fit into it.
+
+The tokenizer inside the file is not loaded (tokens are made outside, see `engines`): on a vocabulary of 49,152 that
+saves 15 MB and four fifths of the load time, and a file without a tokenizer works as well.
+
+Per token the Python side adds an argmax over the logits, which are read where llama.cpp left them, and a few calls:
+tens of microseconds (`benchmarks/engine_overhead.py`). A quantized value cache needs flash attention, which is then
+switched on. Types with a layout of their own for this CPU (q4_0 and others) are repacked while loading.
+
+Source: llama.cpp (MIT), https://github.com/ggml-org/llama.cpp, in the wheel of xllamacpp.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fivefold.engines import Sampling
+from fivefold.engines import _llama_abi as abi
+from fivefold.engines._llama_context import Context, Logits
+from fivefold.engines._lookup import Lookup
+from fivefold.engines._quantize import row_bytes, storage_type
+from fivefold.engines._sampling import drawer, greedy, log_softmax
+from fivefold.errors import DataError, ModelError
+from fivefold.model import Model
+from fivefold.weights import GGUFHeader, gguf_header
+
+FORMATS = ("gguf",)
+EXTRA = None
+SCORED = 128
+CELLS = 256
+MOST_SEQUENCES = 64
+GREEDY = Sampling()
+
+
+def open(model: Model) -> LlamaSession:
+    """Map the file and check it. Raises ModelError in one sentence when it is damaged or of an unknown kind."""
+    return LlamaSession(model)
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hardware threads of one core counted once; at least 1."""
+    if not hasattr(os, "sched_getaffinity"):
+        import psutil
+
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0)
+    topology = (Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
+    cores = {file.read_text() for file in topology if file.is_file()}
+    return len(cores) or len(allowed)
+
+
+class LlamaSession:
+    """See `engines.Session`. Closing frees the weights; a closed session cannot be used again."""
+
+    def __init__(self, model: Model) -> None:
+        self._ffi, self._lib = abi.library()
+        self.header = gguf_header(model.path)
+        self.run, self.decode, self.blueprint = model.run, model.decode, model.blueprint
+        self.threads = self.run.threads or physical_cores()
+        self.cache_type = storage_type(self.run.cache_type)
+        self.vocab = _vocabulary(self.header)
+        self._context: Context | None = None
+        self._turn = 0
+        self._model = self._load(model.path)
+
+    def _load(self, path: Path) -> Any:
+        ffi, lib = self._ffi, self._lib
+        overrides = ffi.new("llama_model_kv_override[3]")
+        overrides[0] = {"tag": abi.TEXT, "key": b"tokenizer.ggml.model", "val_str": b"no_vocab"}
+        family = self.header.metadata["general.architecture"]
+        overrides[1] = {"tag": abi.INTEGER, "key": f"{family}.vocab_size".encode(), "val_i64": self.vocab}
+        params = lib.llama_model_default_params()
+        params.n_gpu_layers, params.load_mode, params.kv_overrides = 0, abi.LOAD_MAP, overrides
+        abi.forget_errors()
+        handle = lib.llama_model_load_from_file(os.fsencode(path), params)
+        if handle == ffi.NULL:
+            raise ModelError(f"llama.cpp cannot load {path} ({abi.last_error()}); copy or export the file again")
+        handle = ffi.gc(handle, lib.llama_model_free)
+        if lib.llama_model_has_encoder(handle):
+            raise ModelError(f"{path} holds an encoder model ({family}); this engine serves decoders only")
+        return handle
+
+    def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        ids = self._checked(tokens, len(tokens))
+        context = self._fitting(len(ids), outputs=SCORED)
+        out = np.empty((len(ids), self.vocab), np.float32)
+        for first in range(0, len(ids), SCORED):
+            part = ids[first : first + SCORED]
+            context.decode(part, first, every=True)
+            log_softmax(context.rows(len(part)), out[first : first + len(part)])
+        return out
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
+        ids = self._checked(prompt, len(prompt) + max_tokens)
+        return self._draw(ids, max_tokens, drawer(sampling), sampling.stop)
+
+    def _draw(
+        self, prompt: NDArray[np.int32], max_tokens: int, draw: Callable[[Logits], int], stop: frozenset[int]
+    ) -> Iterator[int]:
+        """Every pass decodes the last token and a draft (empty without prompt lookup), one row of logits for each.
+
+        A token is drawn from each row until one differs from the draft; the rest of the draft leaves the cache.
+        """
+        drafted = self.decode.lookup_tokens
+        context = self._fitting(len(prompt) + max_tokens, outputs=1 + drafted)
+        lookup = Lookup(prompt.tolist(), self.decode.lookup_ngram) if drafted > 0 else None
+        turn = self._turn
+        draft: list[int] = []
+        rows: Sequence[Logits] = (context.prefill(prompt),) if max_tokens > 0 else ()
+        cached, left = len(prompt), max_tokens
+        while left > 0:
+            for place, row in enumerate(rows):
+                token = draw(row)
+                if token in stop:
+                    return
+                yield token
+                if turn != self._turn:
+                    raise RuntimeError("this text was interrupted: the session has been used for another call since")
+                left -= 1
+                if lookup is not None:
+                    lookup.append(token)
+                if left == 0:
+                    return
+                if place < len(draft) and token != draft[place]:
+                    context.forget(cached + place)
+                    break
+            cached += place
+            draft = [] if lookup is None else lookup.draft(min(drafted, left - 1))
+            rows = context.step(token, draft, cached)
+            cached += 1
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Groups of `run.batch` prompts at once (all, at most 64, when that is 1)."""
+        ids = [self._checked(prompt, len(prompt) + max_tokens) for prompt in prompts]
+        if max_tokens < 1:
+            return [[] for _ in ids]
+        width = self.run.batch if self.run.batch > 1 else MOST_SEQUENCES
+        groups = [ids[first : first + width] for first in range(0, len(ids), width)]
+        return [text for group in groups for text in self._together(group, max_tokens)]
+
+    def _together(self, prompts: Sequence[NDArray[np.int32]], max_tokens: int) -> list[list[int]]:
+        context = self._fitting(max(map(len, prompts)) + max_tokens, sequences=len(prompts), outputs=len(prompts))
+        texts = [[greedy(context.prefill(prompt, i))] for i, prompt in enumerate(prompts)]
+        for step in range(max_tokens - 1):
+            places = [len(prompt) + step for prompt in prompts]
+            for text, row in zip(texts, context.abreast([text[-1] for text in texts], places), strict=True):
+                text.append(greedy(row))
+        return texts
+
+    def describe(self) -> dict[str, Any]:
+        """`dtype` is the type most bytes are in; `context_tokens` is None until a call makes a context."""
+        mix, cache_width = self._mix(), self.blueprint.kv_heads * self.blueprint.head_dim
+        return {
+            "engine": "llama.cpp",
+            "version": f"{abi.PACKAGE} {version(abi.PACKAGE)}",
+            "threads": self.threads,
+            "dtype": mix.most_common(1)[0][0],
+            "tensor_types": dict(Counter(t.type.lower() for t in self.header.tensors)),
+            "weight_bytes": int(self._lib.llama_model_size(self._model)),
+            "file_bytes": self.header.file.stat().st_size,
+            "context_tokens": self._context.length if self._context else None,
+            "cache_type": self.cache_type.name,
+            "cache_bytes_per_token": 2 * self.blueprint.layers * row_bytes(self.cache_type.name, cache_width),
+            "lookup_tokens": self.decode.lookup_tokens,
+        }
+
+    def _mix(self) -> Counter[str]:
+        mix: Counter[str] = Counter()
+        for tensor in self.header.tensors:
+            mix[tensor.type.lower()] += tensor.nbytes
+        return mix
+
+    def close(self) -> None:
+        self._turn += 1
+        if self._context is not None:
+            self._context.close()
+            self._context = None
+        if self._model is not None:
+            self._ffi.release(self._model)
+            self._model = None
+
+    def _checked(self, tokens: Sequence[int], length: int) -> NDArray[np.int32]:
+        if self._model is None:
+            raise RuntimeError("this session is closed; open the model again")
+        ids = np.asarray(tokens, np.int64)
+        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= self.vocab:
+            raise DataError(
+                f"a prompt must be one or more token ids from 0 to {self.vocab - 1}; tokenize the text again"
+            )
+        if length > self.run.context:
+            raise DataError(
+                f"{length} tokens do not fit the context of {self.run.context};"
+                " shorten the text or raise the context of the run plan"
+            )
+        return ids.astype(np.int32)
+
+    def _fitting(self, tokens: int, *, sequences: int = 1, outputs: int = 1) -> Context:
+        """An empty context for `sequences` texts of `tokens`: the present one if it is large enough, else a new one."""
+        self._turn += 1
+        length = -(-tokens // CELLS) * CELLS
+        present = self._context
+        if present is not None and present.suits(length, sequences, outputs):
+            present.clear()
+            return present
+        if present is not None:
+            present.close()
+            self._context = None
+        self._context = Context(
+            self._model, self.vocab, length=length, sequences=sequences, outputs=outputs, threads=self.threads,
+            cache_type=self.cache_type,
+        )
+        return self._context
+
+
+def _vocabulary(header: GGUFHeader) -> int:
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    shape = shapes.get("output.weight") or shapes.get("token_embd.weight")
+    if shape is None or len(shape) != 2 or not isinstance(header.metadata.get("general.architecture"), str):
+        raise ModelError(f"{header.file} holds no language model (no token embedding); give a GGUF file of a decoder")
+    return int(shape[0])
