@@ -34,12 +34,14 @@ from typing import Any, Literal
 
 import psutil
 
+from fivefold.files import atomic_file
 from fivefold.model import Blueprint
-from fivefold.paths import cache_dir, write_atomically
+from fivefold.paths import cache_dir
 from fivefold.quantity import Quantity
 
 PROTOCOL = 1  # raise it when a calibrated number changes its meaning: cached calibrations are then repeated
 ROUNDS = 7
+DISTURBED = 0.15  # a round in which others used more of the cores is repeated
 DTYPES = ("float32", "bfloat16", "int8")
 POWERCAP = Path("/sys/class/powercap")
 _ISA = {
@@ -84,6 +86,8 @@ class Machine:
     os: str
     rates: Mapping[str, Quantity] = field(default_factory=dict)
     date: str = ""
+    others: float = 0.0
+    """Share of the cores that other processes used while the rates were taken."""
 
     def __hash__(self) -> int:
         return hash(self.id)
@@ -102,11 +106,12 @@ class Machine:
         return cls(id=digest, **facts)
 
     def calibrate(self) -> Machine:
-        """A copy with measured rates; takes 5 to 20 s and wants a quiet machine."""
-        rates = {**_bandwidths(self.cores), **_gemms(self.cores), **_disk(cache_dir())}
-        if self.gpus:
-            rates |= _cuda_rates()
-        return replace(self, rates=rates, date=date.today().isoformat())
+        """A copy with measured rates; takes 5 to 20 s and wants a quiet machine (`others` tells)."""
+        with Neighbours() as neighbours:
+            rates = {**_bandwidths(self.cores), **_gemms(self.cores), **_disk(cache_dir())}
+            if self.gpus:
+                rates |= _cuda_rates()
+        return replace(self, rates=rates, date=date.today().isoformat(), others=neighbours.share)
 
     @classmethod
     def load(cls, refresh: bool = False) -> Machine:
@@ -119,7 +124,8 @@ class Machine:
             except (ValueError, KeyError, TypeError, AttributeError):
                 file.unlink(missing_ok=True)
         machine = machine.calibrate()
-        write_atomically(file, json.dumps(machine.to_json(), indent=1))
+        text = json.dumps(machine.to_json(), indent=1)
+        atomic_file(file, lambda out: out.write(text.encode()))
         return machine
 
     def to_json(self) -> dict[str, Any]:
@@ -174,13 +180,14 @@ class Machine:
                 quantity=Quantity(value=self.ram, unit="byte", method="counted")),
             Row(topic="machine", name="accelerator", quantity=None, text=", ".join(self.gpus) or "none visible"),
         ]
-        hint = "" if self.rates else "run: fivefold doctor --refresh"
         rows += [
-            Row(topic="rates", name=name, quantity=q, text=q.reason or f"median of {q.n} rounds", fix=hint)
+            Row(topic="rates", name=name, quantity=q, text=q.reason or f"median of {q.n} rounds")
             for name, q in self.rates.items()
         ]
-        if not self.rates:
-            rows.append(Row(topic="rates", name="calibration", quantity=None, text="not calibrated", fix=hint))
+        busy = self.others > DISTURBED
+        text = f"on {self.date}; others used {self.others:.0%} of the cores" if self.rates else "not calibrated"
+        fix = "" if self.rates and not busy else "run on a quiet machine: fivefold doctor --refresh"
+        rows.append(Row(topic="rates", name="calibration", quantity=None, text=text, fix=fix))
         return [*rows, *_power_rows(self)]
 
 
@@ -201,6 +208,53 @@ def bytes_per_token(
     the key-value cache of the positions before it and its own."""
     weights = weight_bytes * blueprint.matrix_parameters / blueprint.parameters
     return weights + blueprint.cache_bytes_per_token(cache_element_bytes) * (position + 1)
+
+
+class Neighbours:
+    """A window: `with Neighbours() as n: ...`, then `n.share`, the part of our cores that others used.
+
+    Busy time of the cores this process may run on, less its own CPU time (children included), plus what a
+    hypervisor stole, over wall time x cores. The kernel counts in ticks of 10 ms, so two ticks per core are forgiven.
+    """
+
+    share = 0.0
+
+    def __enter__(self) -> Neighbours:
+        self._before = self._read()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall, busy, own = (b - a for a, b in zip(self._before, self._read(), strict=True))
+        cores = usable_cores()
+        self.share = others_share(wall=wall, busy=busy, own=own, cores=cores)
+
+    @staticmethod
+    def _read() -> tuple[float, float, float]:
+        mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        cores = [c for i, c in enumerate(psutil.cpu_times(percpu=True)) if i in mine]
+        busy = sum(sum(c) - c.idle - getattr(c, "iowait", 0.0) - getattr(c, "guest", 0.0)
+                   - getattr(c, "guest_nice", 0.0) for c in cores)
+        return time.perf_counter(), busy, cpu_seconds()
+
+
+def others_share(*, wall: float, busy: float, own: float, cores: int) -> float:
+    """Share of `cores` x `wall` seconds that was busy but not our own, in [0, 1]."""
+    ticks = 0.02 * cores
+    return min(max(busy - own - ticks, 0.0) / max(wall * cores, 1e-9), 1.0)
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children, finished and running."""
+    me = psutil.Process()
+    times = me.cpu_times()
+    total = times.user + times.system + times.children_user + times.children_system
+    for child in me.children(recursive=True):
+        try:
+            own = child.cpu_times()
+            total += own.user + own.system
+        except psutil.Error:
+            continue
+    return float(total)
 
 
 def usable_cores() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from fivefold.errors import StoreError
@@ -34,24 +33,6 @@ def cache_dir() -> Path:
 def config_dir() -> Path:
     """The folder of the user's own settings; it need not exist."""
     return _base("XDG_CONFIG_HOME", "APPDATA", ".config", ".config") / "fivefold"
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write `text` so that a reader sees the old content or the new one, never a part. Raises StoreError."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(text)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(name, file)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StoreError(f"{file} cannot be written ({error.strerror}); free disk space or check its rights") from None
 
 
 def _base(xdg: str, windows: str, linux: str, mac: str) -> Path:
