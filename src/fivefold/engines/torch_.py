@@ -1,0 +1,219 @@
+"""PyTorch: runs any causal language model of transformers from a local folder, in float32 or bfloat16.
+
+It is the reference: the weights are computed with as they are stored, so what another engine loses can be measured
+against it. It is not the fastest server on a CPU (every token passes through about a thousand small calls from
+Python), but the only engine for architectures nobody has ported, and it reads 8- and 4-bit folders (`_packed`).
+
+Only local files and safetensors are read, and no code that comes with a model is run. Prompt lookup checks a draft
+with one pass and crops the cache after the first difference. A batch is padded on the left, with positions counted
+from each prompt's own first token.
+
+Source: transformers, https://github.com/huggingface/transformers (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fivefold.engines import Sampling
+from fivefold.engines._lookup import Lookup
+from fivefold.engines._sampling import drawer, log_softmax
+from fivefold.errors import DataError, ModelError, NotFinite, OutOfMemory
+from fivefold.model import Model
+
+FORMATS = ("safetensors",)
+EXTRA = None
+SCORED = 512
+GREEDY = Sampling()
+
+
+def open(model: Model) -> TorchSession:
+    """Load the folder. Raises ModelError in one sentence when it is damaged or of an unknown family."""
+    return TorchSession(model)
+
+
+class TorchSession:
+    """See `engines.Session`. The number of threads is PyTorch's and so holds for the whole process."""
+
+    def __init__(self, model: Model) -> None:
+        import torch
+
+        if model.run.threads:
+            torch.set_num_threads(model.run.threads)
+        self.run, self.decode, self.blueprint = model.run, model.decode, model.blueprint
+        self.vocab = model.blueprint.vocab
+        self.packed = (model.path / "quantization.json").is_file()
+        self._dtype = getattr(torch, model.run.dtype)
+        with _one_sentence(model):
+            self._model: Any = self._load(model)
+        self._turn = 0
+
+    def _load(self, model: Model) -> Any:
+        if self.packed:
+            from fivefold.engines._packed import load_packed
+
+            return load_packed(model.path, self._dtype)
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=self._dtype,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            raise ModelError(f"{model.path} lacks the weights {min(report['missing_keys'])}; copy the model again")
+        return loaded.eval()
+
+    def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        ids = self._checked(tokens, len(tokens))
+        out = np.empty((len(ids), self.vocab), np.float32)
+        cache: Any = None
+        for first in range(0, len(ids), SCORED):
+            part = ids[first : first + SCORED]
+            logits, cache = self._forward([part], cache, keep=len(part))
+            log_softmax(logits[0], out[first : first + len(part)])
+        if np.isnan(out[:, 0]).any():
+            raise NotFinite("the model's logits are not finite, so the text cannot be scored")
+        return out
+
+    def _forward(self, rows: Sequence[Sequence[int]], cache: Any, keep: int, **more: Any) -> tuple[Any, Any]:
+        """Logits of the last `keep` places, float32 (batch, keep, vocab), and the cache with these tokens in it."""
+        import torch
+
+        with torch.inference_mode(), _memory():
+            ids = torch.tensor(rows)
+            out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **more)
+            return out.logits.float().numpy(), out.past_key_values
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
+        ids = self._checked(prompt, len(prompt) + max_tokens)
+        return self._draw(ids, max_tokens, drawer(sampling), sampling.stop)
+
+    def _draw(
+        self, prompt: list[int], max_tokens: int, draw: Callable[[NDArray[np.float32]], int], stop: frozenset[int]
+    ) -> Iterator[int]:
+        """Every pass decodes the last token and a draft (empty without prompt lookup), one row of logits for each.
+
+        A token is drawn from each row until one differs from the draft; the rest of the draft leaves the cache.
+        """
+        if max_tokens < 1:
+            return
+        drafted = self.decode.lookup_tokens
+        lookup = Lookup(prompt, self.decode.lookup_ngram) if drafted > 0 else None
+        draft: list[int] = []
+        logits, cache = self._forward([prompt], None, keep=1)
+        cached, left = len(prompt), max_tokens
+        while True:
+            for place, row in enumerate(logits[0]):
+                token = draw(row)
+                if token in stop:
+                    return
+                yield token
+                left -= 1
+                if lookup is not None:
+                    lookup.append(token)
+                if left == 0:
+                    return
+                if place < len(draft) and token != draft[place]:
+                    cache.crop(cached + place)
+                    break
+            cached += place
+            draft = [] if lookup is None else lookup.draft(min(drafted, left - 1))
+            logits, cache = self._forward([[token, *draft]], cache, keep=1 + len(draft))
+            cached += 1
+
+    def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """Groups of `run.batch` prompts at once (all of them when that is 1)."""
+        ids = [self._checked(prompt, len(prompt) + max_tokens) for prompt in prompts]
+        if max_tokens < 1:
+            return [[] for _ in ids]
+        width = self.run.batch if self.run.batch > 1 else max(1, len(ids))
+        groups = [ids[first : first + width] for first in range(0, len(ids), width)]
+        return [text for group in groups for text in self._together(group, max_tokens)]
+
+    def _together(self, prompts: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
+        import torch
+
+        longest = max(map(len, prompts))
+        rows = [[0] * (longest - len(p)) + p for p in prompts]
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * (len(p) + max_tokens) for p in prompts])
+        places = (mask.cumsum(1) - 1).clamp_min(0)
+        texts: list[list[int]] = [[] for _ in prompts]
+        cache: Any = None
+        for step in range(max_tokens):
+            end = longest + step
+            logits, cache = self._forward(
+                rows, cache, keep=1, attention_mask=mask[:, :end], position_ids=places[:, end - len(rows[0]) : end]
+            )
+            rows = [[int(row.argmax())] for row in logits[:, 0]]
+            for text, row in zip(texts, rows, strict=True):
+                text.extend(row)
+        return texts
+
+    def describe(self) -> dict[str, Any]:
+        import torch
+        import transformers
+
+        seen = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
+        return {
+            "engine": "torch",
+            "version": f"torch {torch.__version__}, transformers {transformers.__version__}",
+            "threads": torch.get_num_threads(),
+            "dtype": self.run.dtype,
+            "tensor_types": self._types(),
+            "weight_bytes": sum(seen.values()),
+            "cache_type": self.run.dtype,
+            "cache_bytes_per_token": self.blueprint.cache_bytes_per_token(self._dtype.itemsize),
+            "lookup_tokens": self.decode.lookup_tokens,
+        }
+
+    def _types(self) -> dict[str, int]:
+        packed = [m.bits for m in self._model.modules() if type(m).__name__ == "PackedLinear"]
+        counts = {f"int{bits}": packed.count(bits) for bits in sorted(set(packed))}
+        return {self.run.dtype: len(list(self._model.parameters())), **counts}
+
+    def close(self) -> None:
+        self._model = None
+
+    def _checked(self, tokens: Sequence[int], length: int) -> list[int]:
+        if self._model is None:
+            raise RuntimeError("this session is closed; open the model again")
+        ids = [int(token) for token in tokens]
+        if not ids or min(ids) < 0 or max(ids) >= self.vocab:
+            raise DataError(f"a prompt must be one or more token ids from 0 to {self.vocab - 1}; tokenize the text again")
+        if length > self.run.context:
+            raise DataError(
+                f"{length} tokens do not fit the context of {self.run.context};"
+                " shorten the text or raise the context of the run plan"
+            )
+        return ids
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """PyTorch's refused allocation, as the typed outcome of a trial."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise OutOfMemory("torch could not allocate memory for this batch and context") from None
+        raise
+
+
+@contextmanager
+def _one_sentence(model: Model) -> Iterator[None]:
+    """What transformers and safetensors raise on a folder they cannot load, as ModelError."""
+    from safetensors import SafetensorError
+
+    try:
+        with _memory():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:160]
+        raise ModelError(f"transformers cannot load {model.path} ({said}); check the folder") from None
