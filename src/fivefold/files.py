@@ -6,6 +6,7 @@ is the operating system's own (`flock`): it ends with the process that held it a
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,10 +19,20 @@ from typing import IO
 
 from fivefold.errors import StoreError
 
+_REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR}
 
-def refusal(path: Path, error: OSError) -> StoreError:
-    """The one sentence for a full disk, a missing permission and the like."""
-    return StoreError(f"{path} cannot be written ({error.strerror}); free space or choose another folder")
+
+@contextmanager
+def storage(path: Path) -> Iterator[None]:
+    """A full disk, a missing permission and the like become one StoreError; every other error stays what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSED:
+            raise
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror}); free space or choose another folder"
+        ) from None
 
 
 def atomic_file(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
@@ -31,20 +42,24 @@ def atomic_file(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     """
     name = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        raise refusal(path, error) from None
+        with storage(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            with os.fdopen(descriptor, "wb") as file:
+                fill(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
     finally:
         if name:
             Path(name).unlink(missing_ok=True)
     return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`atomic_file` for UTF-8 text."""
+    return atomic_file(path, lambda file: file.write(text.encode()))
 
 
 @contextmanager
@@ -53,28 +68,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An empty folder at `path` is taken over; one that holds something raises StoreError.
     """
-    try:
-        if path.exists() and any(path.iterdir()):
-            raise StoreError(f"{path} is not empty; give a folder that does not exist yet")
+    if path.is_dir() and any(path.iterdir()):
+        raise StoreError(f"{path} is not empty; give a folder that does not exist yet")
+    with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise refusal(path, error) from None
     try:
-        yield work
-        os.chmod(work, 0o755)
-        if path.exists():
-            path.rmdir()
-        os.replace(work, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise refusal(path, error) from None
+        with storage(path):
+            yield work
+            for file in work.rglob("*"):
+                sync(file)
+            os.chmod(work, 0o755)
+            if path.exists():
+                path.rmdir()
+            os.replace(work, path)
+            sync(path.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def remove_partial(path: Path) -> None:
+    """Remove what a killed process left of `path`. Only for the holder of its lock."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -82,16 +102,29 @@ def _sync(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait for, then hold, the lock file `path`."""
-    try:
+def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
+    """Wait for, then hold, the lock file `path`: alone, or together with others that hold it shared."""
+    with storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
-    except OSError as error:
-        raise refusal(path, error) from None
     with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock file `path` alone if nobody has it (True); do not wait for it (False)."""
+    with storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        except BlockingIOError:
+            free = False
+        yield free
 
 
 def sha256(path: Path) -> str:

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.errors import ModelError
-from fivefold.files import atomic_file, atomic_folder
+from fivefold.files import atomic_file, atomic_folder, write_text
 from fivefold.model import Blueprint
 
 MAX_JSON_HEADER = 16 << 20
@@ -76,7 +76,7 @@ class StoredTensor:
             halves = self.raw().view("<u2").astype(np.uint32) << np.uint32(16)
             return halves.view(np.float32).reshape(self.shape)
         if self.dtype not in NUMPY:
-            raise ModelError(f"{self.name} in {self.file} is stored as {self.dtype}, which is not read; convert it to F32")
+            raise ModelError(f"{self.name} in {self.file} is stored as {self.dtype}; convert it to F32")
         values = self.raw().view(NUMPY[self.dtype]).reshape(self.shape)
         return values.astype(np.float32 if values.dtype.kind == "f" else values.dtype)
 
@@ -103,7 +103,7 @@ def check_safetensors(path: Path) -> dict[str, StoredTensor]:
     position = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != position:
-            raise ModelError(f"{path} is corrupted: {tensor.name} overlaps another tensor or leaves a gap; copy it again")
+            raise ModelError(f"{path} is corrupted: {tensor.name} overlaps or leaves a gap; copy it again")
         position += tensor.nbytes
     if position != size:
         raise ModelError(f"{path} is corrupted: {size - position} bytes at its end belong to no tensor; copy it again")
@@ -124,7 +124,7 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
     except (ValueError, RecursionError):
-        raise ModelError(f"{path} is corrupted: its header is not the JSON of a safetensors file; copy it again") from None
+        raise ModelError(f"{path} is corrupted: its header is not the expected JSON; copy it again") from None
     if not isinstance(header, dict) or len(header) > MAX_ENTRIES:
         raise ModelError(f"{path} is corrupted: its header is not a table of tensors; copy it again")
     return header, 8 + length, size
@@ -152,9 +152,12 @@ def _entry(path: Path, name: str, entry: Any, start: int, size: int) -> StoredTe
     if elements > MAX_ELEMENTS:
         raise ModelError(f"{path} is corrupted: {name[:80]!r} claims the absurd shape {shape}; copy it again")
     if len(span) != 2 or span[1] - span[0] != elements * DTYPE_BYTES[dtype]:
-        raise ModelError(f"{path} is corrupted: {name[:80]!r} has shape {shape} of {dtype} but bytes {span}; copy it again")
+        raise ModelError(
+            f"{path} is corrupted: {name[:80]!r} has shape {shape} of {dtype} but bytes {span}; copy it again"
+        )
     if start + span[1] > size:
-        raise ModelError(f"{path} is truncated: {name[:80]!r} ends {start + span[1] - size} bytes after the file; copy it again")
+        missing = start + span[1] - size
+        raise ModelError(f"{path} is truncated: {name[:80]!r} ends {missing} bytes after the file; copy it again")
     return StoredTensor(
         name=name, file=path, dtype=dtype, shape=tuple(shape), offset=start + span[0], nbytes=span[1] - span[0]
     )
@@ -200,7 +203,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[
     def fill(file: Any) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            file.write(_bytes(tensors[name]))
+            file.write(_bytes(tensors[name]).data)
 
     return atomic_file(path, fill)
 
@@ -237,8 +240,7 @@ def copy_side_files(source: Path, target: Path, names: Sequence[str] = SIDE_FILE
 
 def dump_json(path: Path, value: Mapping[str, Any]) -> Path:
     """Indented UTF-8 JSON, written atomically."""
-    text = json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n"
-    return atomic_file(path, lambda file: file.write(text.encode()))
+    return write_text(path, json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def write_solved(folder: Path, tensors: Mapping[str, tuple[str, NDArray[np.uint8]]]) -> Path:
@@ -269,15 +271,16 @@ def _spec(value: Any) -> tuple[str, tuple[int, ...]]:
     return dtype, shape
 
 
-def _bytes(value: Any) -> memoryview:
+def _bytes(value: Any) -> NDArray[np.uint8]:
     if hasattr(value, "raw"):
-        return memoryview(value.raw())
+        raw: NDArray[np.uint8] = value.raw()
+        return raw
     if not isinstance(value, np.ndarray):
         import torch
 
         value = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     flat = np.ascontiguousarray(value).reshape(-1)
-    return memoryview(flat.view(np.uint8) if flat.size else np.empty(0, np.uint8))
+    return flat.view(np.uint8) if flat.size else np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +343,7 @@ class GGUFHeader:
 
         shapes = {t.name: t.shape for t in self.tensors}
         width, heads = number("embedding_length"), number("attention.head_count")
-        vocab = self.metadata.get(f"{family}.vocab_size") or (shapes.get("token_embd.weight") or (None,))[0]
+        vocab = number("vocab_size", shapes.get("token_embd.weight", (0,))[0])
         return Blueprint(
             family=family, layers=number("block_count"), width=width, heads=heads,
             kv_heads=number("attention.head_count_kv", heads), ffn=number("feed_forward_length"),
@@ -389,8 +392,7 @@ class _Reader:
 
     def scalar(self, kind: str) -> Any:
         code = _SCALARS[kind][0]
-        value = struct.unpack_from(code, self.data, self.skip(struct.calcsize(code)))[0]
-        return value
+        return struct.unpack_from(code, self.data, self.skip(struct.calcsize(code)))[0]
 
     def text(self, longest: int = MAX_STRING) -> str:
         length = self.scalar("uint64")

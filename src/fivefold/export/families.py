@@ -7,9 +7,9 @@
   scale by the head width; another `query_pre_attn_scalar` is multiplied into q (gemma2) or into q's norm (gemma3).
 - gpt2: Conv1D keeps (in, out); llama.cpp wants (out, in).
 
-Rotary scaling "linear" and "yarn" are header keys; "llama3" is a tensor of frequency divisors. Anything the engine would
-compute differently (another activation, an irregular sliding-window pattern, ...) is refused, because the exported
-file would be another model.
+Rotary scaling "linear" and "yarn" are header keys; "llama3" is a tensor of frequency divisors. Anything the engine
+would compute differently (another activation, an irregular sliding-window pattern, ...) is refused: the exported file
+would be another model.
 
 Source: convert_hf_to_gguf.py and src/models/*.cpp of llama.cpp.
 """

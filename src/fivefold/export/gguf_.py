@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,21 +21,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fivefold.errors import ModelError, NotFinite
-from fivefold.export.families import FAMILIES, Family, family_of, frequency_divisors, header, transform
+from fivefold.errors import ModelError, NotFinite, RecipeError
+from fivefold.export.families import Family, family_of, frequency_divisors, header, transform
 from fivefold.export.tokenizer import add_tokenizer
-from fivefold.files import refusal
+from fivefold.files import storage, sync
 from fivefold.model import Blueprint, Model, blueprint_of, read_config
-from fivefold.weights import StoredTensor, copy_side_files, read_solved, read_tensors, to_bfloat16
+from fivefold.weights import StoredTensor, copy_side_files, read_solved, read_tensors
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-SIDE = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
-        "special_tokens_map.json")
+SIDE = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+    "special_tokens_map.json",
+)
 IGNORED = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-FILE_TYPES = {"F32": "ALL_F32", "Q2_K": "MOSTLY_Q2_K", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M",
-              "Q5_K": "MOSTLY_Q5_K_M"}
+FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_M", "Q4_K": "MOSTLY_Q4_K_M", "Q5_K": "MOSTLY_Q5_K_M"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,18 @@ def exported_tensors(folder: Path) -> dict[str, Exported]:
             continue
         name = names.get_name(source_name, (".weight", ".bias"))
         if name is None:
-            raise ModelError(f"{source_name} of {folder.name} has no place in llama.cpp's {family.arch}; serve it with torch")
+            raise ModelError(
+                f"{source_name} of {folder.name} has no place in llama.cpp's {family.arch}; serve it with torch instead"
+            )
         turned = family.conv1d and len(source.shape) == 2 and name.startswith("blk.")
         out[name] = Exported(
             name=name, shape=source.shape[::-1] if turned else source.shape, source=source, family=family,
             config=config, blueprint=blueprint,
         )
     if "output.weight" not in out and not blueprint.tied:
-        raise ModelError(f"{folder.name} has no lm_head.weight and says its embedding is not tied; copy the model again")
+        raise ModelError(
+            f"{folder.name} has no lm_head.weight although its embedding is not tied; copy the model again"
+        )
     return dict(sorted(out.items(), key=lambda item: _position(item[0])))
 
 
@@ -92,10 +97,9 @@ def _position(name: str) -> tuple[int, int, str]:
 
 def fitting_types(width: int) -> list[str]:
     """Storage types that can hold rows of `width` values."""
-    from gguf import GGML_QUANT_SIZES
+    from fivefold.engines._quantize import types
 
-    skip = ("I8", "I16", "I32", "I64", "F64", "Q8_1", "Q8_K")
-    return [kind.name for kind, (block, _) in GGML_QUANT_SIZES.items() if width % block == 0 and kind.name not in skip]
+    return [name for name, kind in types().items() if width % kind.block == 0]
 
 
 def write_gguf(model: Model, folder: Path) -> Model:
@@ -108,24 +112,19 @@ def write_gguf(model: Model, folder: Path) -> Model:
     some = next(iter(tensors.values()))
     target = folder / "model.gguf"
     partial = folder / f".model.gguf.{os.getpid()}"
-    writer = None
+    writer = GGUFWriter(partial, some.family.arch)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writer = GGUFWriter(partial, some.family.arch)
-        notes = _add_header(writer, model, some, types)
-        notes += add_tokenizer(writer, model.path, some.blueprint.vocab)
-        _write_tensors(writer, model, tensors, types, solved)
-        writer.flush()
-        writer.close()
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        copy_side_files(model.path, folder, SIDE)
-        os.replace(partial, target)
-    except OSError as error:
-        raise refusal(target, error) from None
-    finally:
-        if writer is not None:
+        with storage(target):
+            folder.mkdir(parents=True, exist_ok=True)
+            notes = _add_header(writer, model, some, types)
+            notes += add_tokenizer(writer, model.path, some.blueprint.vocab)
+            _write_tensors(writer, model, tensors, types, solved)
             writer.close()
+            sync(partial)
+            copy_side_files(model.path, folder, SIDE)
+            os.replace(partial, target)
+    finally:
+        writer.close()
         partial.unlink(missing_ok=True)
     done = model.but(path=target, format="gguf")
     for note in (_counted(tensors, types, target.stat().st_size), *notes):
@@ -135,32 +134,32 @@ def write_gguf(model: Model, folder: Path) -> Model:
 
 def _types(model: Model, tensors: Mapping[str, Exported], solved: Mapping[str, str]) -> dict[str, str]:
     """Exported name -> storage type. Raises ModelError for unknown names and types, and for types that do not fit."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from fivefold.engines._quantize import fits, types
 
     plan = model.export
     unknown = sorted({*plan.types, *solved} - set(tensors))
     if unknown:
         raise ModelError(f"the export plan names tensors that {model.name} does not have: {', '.join(unknown[:3])}")
-    types, misfits = {}, []
+    chosen, misfits = {}, []
     for name, tensor in tensors.items():
         kind = plan.types.get(name) or (plan.embedding if name == "token_embd.weight" else None) or plan.default
-        kind = solved.get(name, kind).upper() if tensor.is_matrix else "F32"
-        if kind not in GGMLQuantizationType.__members__:
-            raise ModelError(f"{kind.lower()!r} is no GGUF storage type; types that fit {name}: {_spelled(tensor)}")
-        if tensor.shape[-1] % GGML_QUANT_SIZES[GGMLQuantizationType[kind]][0]:
+        kind = solved.get(name, kind).lower() if tensor.is_matrix else "f32"
+        if kind not in types():
+            raise ModelError(f"{kind!r} is no storage type of llama.cpp; types that fit {name}: {_spelled(tensor)}")
+        if not fits(kind, tensor.shape[-1]):
             misfits.append((name, kind))
-        types[name] = kind
+        chosen[name] = kind.upper()
     if misfits:
         name, kind = misfits[0]
         raise ModelError(
-            f"{kind.lower()} does not fit {len(misfits)} tensors of {model.name}, such as {name} with rows of"
+            f"{kind} does not fit {len(misfits)} tensors of {model.name}, such as {name} with rows of"
             f" {tensors[name].shape[-1]}; types that fit: {_spelled(tensors[name])}"
         )
-    return types
+    return chosen
 
 
 def _spelled(tensor: Exported) -> str:
-    return ", ".join(kind.lower() for kind in fitting_types(tensor.shape[-1]))
+    return ", ".join(fitting_types(tensor.shape[-1]))
 
 
 def _add_header(writer: GGUFWriter, model: Model, some: Exported, types: Mapping[str, str]) -> list[str]:
@@ -168,10 +167,10 @@ def _add_header(writer: GGUFWriter, model: Model, some: Exported, types: Mapping
 
     writer.add_type("model")
     writer.add_name(model.name)
-    most = Counter(kind for name, kind in types.items() if name.startswith("blk.") and not name.endswith("bias"))
-    matrices = Counter({kind: count for kind, count in most.items() if kind != "F32"}) or most
-    common = matrices.most_common(1)[0][0]
-    writer.add_file_type(LlamaFileType[FILE_TYPES.get(common, f"MOSTLY_{common}")])
+    packed = Counter(kind for name, kind in types.items() if name.startswith("blk.") and kind != "F32")
+    common = packed.most_common(1)[0][0] if packed else "F32"
+    named = FILE_TYPES.get(common, f"MOSTLY_{common}")
+    writer.add_file_type(LlamaFileType[named] if named in LlamaFileType.__members__ else LlamaFileType.GUESSED)
     writer.add_quantization_version(2)
     for key, value in header(some.family, some.config, some.blueprint).items():
         key = f"{some.family.arch}.{key}"
@@ -230,21 +229,16 @@ def _importance(model: Model) -> dict[str, StoredTensor]:
 def pack(
     values: NDArray[np.float32], kind: str, importance: StoredTensor | None, name: str
 ) -> NDArray[np.uint8]:
-    """`values` in storage type `kind`, as bytes of shape (n,). `importance` weighs the columns of the rounding error."""
-    if kind == "F32":
+    """`values` in storage type `kind`, as bytes. `importance` weighs the columns of the rounding error."""
+    if values.ndim == 1 or kind == "F32":
         return values.reshape(-1).view(np.uint8)
-    if kind == "BF16":
-        return to_bfloat16(values).reshape(-1).view(np.uint8)
-    if kind == "F16":
-        if np.abs(values).max(initial=0) > 65504:
-            raise ModelError(f"{name} holds values beyond F16's largest, 65504; choose bf16 or f32 for it")
-        return values.astype(np.float16).reshape(-1).view(np.uint8)
     from fivefold.engines._quantize import quantize
 
     weights = None if importance is None else importance.numpy().reshape(-1)
-    if weights is not None and len(weights) != values.shape[-1]:
-        raise ModelError(f"the importance of {name} has {len(weights)} columns, the tensor {values.shape[-1]}; redo it")
-    return np.ascontiguousarray(quantize(values, kind, weights)).reshape(-1).view(np.uint8)
+    try:
+        return quantize(values, kind, weights)
+    except RecipeError as error:
+        raise ModelError(f"{name} cannot be stored as {kind.lower()}: {error}") from None
 
 
 def _counted(tensors: Mapping[str, Exported], types: Mapping[str, str], size: int) -> str:
@@ -252,8 +246,3 @@ def _counted(tensors: Mapping[str, Exported], types: Mapping[str, str], size: in
     said = ", ".join(f"{count} {kind}" for kind, count in matrices.most_common())
     rest = len(tensors) - sum(matrices.values())
     return f"gguf: {sum(matrices.values())} matrices ({said}), {rest} vectors F32; {size} bytes"
-
-
-def families() -> Iterator[str]:
-    """Hugging Face `model_type`s that can be exported."""
-    return iter(sorted(FAMILIES))

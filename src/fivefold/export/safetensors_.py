@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.errors import NotFinite
-from fivefold.files import refusal
+from fivefold.files import storage
 from fivefold.model import Model, read_config
 from fivefold.weights import StoredTensor, copy_side_files, dump_json, read_tensors, to_bfloat16, write_safetensors
 
@@ -49,13 +49,11 @@ def write_folder(model: Model, folder: Path) -> Model:
         name: Converted(tensor, dtype) if tensor.dtype in FLOATS else tensor
         for name, tensor in read_tensors(model.path)
     }
-    try:
+    with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         copy_side_files(model.path, folder)
-        config = {k: v for k, v in read_config(model.path).items() if k != "torch_dtype"}
-        dump_json(folder / "config.json", {**config, "dtype": model.run.dtype})
-    except OSError as error:
-        raise refusal(folder, error) from None
+    config = {k: v for k, v in read_config(model.path).items() if k != "torch_dtype"}
+    dump_json(folder / "config.json", {**config, "dtype": model.run.dtype})
     write_safetensors(folder / "model.safetensors", tensors)
     kinds = Counter(tensor.dtype for tensor in tensors.values())
     size = sum(math.prod(t.shape) * {"F32": 4, "BF16": 2}.get(t.dtype, 1) for t in tensors.values())

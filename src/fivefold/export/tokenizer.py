@@ -45,7 +45,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocab: int) -> list[str]:
     if model.get("type", "BPE") == "BPE" and _mentions(data, "ByteLevel"):
         pre = pre_tokenizer_name(data.get("pre_tokenizer"))
         if pre is None:
-            notes.append("gguf: llama.cpp has no name for this tokenizer's word splitting; tokenize with tokenizer.json")
+            notes.append("gguf: llama.cpp cannot name this tokenizer's word splitting; tokenize with tokenizer.json")
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre or "default")
         writer.add_token_list(tokens)
@@ -98,7 +98,9 @@ def token_table(data: Mapping[str, Any], vocab: int) -> tuple[list[str], list[in
         if table.get(added["id"], ("", NORMAL))[1] != UNKNOWN:
             table[added["id"]] = (added["content"], CONTROL if added.get("special") else USER)
     if table and max(table) >= vocab:
-        raise ModelError(f"the tokenizer has token {max(table)}, the embedding {vocab} rows; give the tokenizer of this model")
+        raise ModelError(
+            f"the tokenizer has token {max(table)} but the embedding {vocab} rows; give this model's own tokenizer"
+        )
     rows = [table.get(i, (f"[PAD{i}]", UNUSED)) for i in range(vocab)]
     return [token for token, _ in rows], [kind for _, kind in rows]
 
