@@ -16,15 +16,14 @@ GROUND = {"errors", "quantity", "metrics", "space", "paths", "files"}
 CORE = GROUND | {"model", "recipe", "budget", "machine", "weights", "bundled", "artifact", "tokenizer", "workload",
                  "_smollm2"}
 ALLOWED = {
-    "errors": set(), "metrics": set(), "paths": {"errors"}, "files": {"errors"}, "quantity": GROUND, "space": GROUND,
+    "errors": set(), "files": {"errors"}, "metrics": set(), "paths": {"errors"}, "files": {"errors"}, "quantity": GROUND, "space": GROUND,
     "model": GROUND | {"weights", "bundled", "artifact"}, "recipe": GROUND | {"model", "techniques"},
     "budget": GROUND, "machine": GROUND | {"model"}, "weights": GROUND | {"model"},
     "bundled": GROUND | {"model", "weights", "_smollm2"}, "_smollm2": GROUND | {"model", "weights", "bundled"},
     "artifact": GROUND | {"model", "weights"}, "tokenizer": GROUND | {"model"},
     "workload": GROUND | {"model", "tokenizer", "bundled"},
     "techniques": CORE | {"training", "engines"}, "engines": CORE, "export": CORE | {"engines"}, "training": CORE,
-    "meters": CORE | {"engines"}, "tasks": CORE | {"engines"}, "suites": CORE | {"tasks"},
-    "study": CORE | {"techniques", "engines", "export", "training", "meters", "tasks", "testing"},
+    "meters": CORE | {"engines"}, "tasks": CORE | {"engines"}, "study": CORE | {"techniques", "engines", "export", "training", "meters", "tasks", "testing"},
     "report": GROUND | {"study"}, "serve": CORE | {"engines", "meters"},
     "testing": CORE | {"techniques", "study", "engines", "export", "meters", "tasks"},
     "verbs": None, "cli": None, "display": None, "__init__": None,
