@@ -16,7 +16,7 @@ GROUND = {"errors", "quantity", "metrics", "space", "paths", "files"}
 CORE = GROUND | {"model", "recipe", "budget", "machine", "weights", "bundled", "artifact", "tokenizer", "workload",
                  "_smollm2"}
 ALLOWED = {
-    "errors": set(), "files": {"errors"}, "metrics": set(), "paths": {"errors"}, "files": {"errors"}, "quantity": GROUND, "space": GROUND,
+    "errors": set(), "files": {"errors"}, "metrics": set(), "paths": {"errors"}, "quantity": GROUND, "space": GROUND,
     "model": GROUND | {"weights", "bundled", "artifact"}, "recipe": GROUND | {"model", "techniques"},
     "budget": GROUND, "machine": GROUND | {"model"}, "weights": GROUND | {"model"},
     "bundled": GROUND | {"model", "weights", "_smollm2"}, "_smollm2": GROUND | {"model", "weights", "bundled"},
