@@ -22,7 +22,7 @@ ALLOWED = {
     "bundled": GROUND | {"model", "weights", "_smollm2"}, "_smollm2": GROUND | {"model", "weights", "bundled"},
     "artifact": GROUND | {"model", "weights"}, "tokenizer": GROUND | {"model"},
     "workload": GROUND | {"model", "tokenizer", "bundled"},
-    "techniques": CORE | {"training", "engines"}, "engines": CORE, "export": CORE | {"engines"}, "training": CORE,
+    "techniques": CORE | {"training", "engines", "export"}, "engines": CORE, "export": CORE | {"engines"}, "training": CORE,
     "meters": CORE | {"engines"}, "tasks": CORE | {"engines"}, "study": CORE | {"techniques", "engines", "export", "training", "meters", "tasks", "testing"},
     "report": GROUND | {"study"}, "serve": CORE | {"engines", "meters"},
     "testing": CORE | {"techniques", "study", "engines", "export", "meters", "tasks"},

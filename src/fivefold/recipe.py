@@ -75,6 +75,10 @@ class Technique:
     def check(self, model: Model) -> None:
         """Refuse a model this technique cannot treat, before any work; raises Misfit. Default: accepts."""
 
+    def plan(self, model: Model) -> Model:
+        """The plans and the blueprint as `apply` will leave them, without its work. Default: a build edits neither."""
+        return self.apply(model) if self.runtime else model
+
     def apply(self, model: Model) -> Model:
         raise NotImplementedError(f"{self.name} has no apply")
 
@@ -181,9 +185,23 @@ class Recipe:
 
     def check(self, model: Model) -> None:
         """Refuse, before any work, a model this recipe cannot treat. Raises Misfit."""
+        self.plan(model)
+
+    def plan(self, model: Model) -> Model:
+        """The plans and the blueprint the recipe will end with, without its work; raises Misfit like `check`.
+
+        A technique that builds is checked on the model as planned so far; one that only says how the artifact runs
+        is checked on the finished plan.
+        """
         fit(self.techniques, model.traits, model.name)
         for technique in self:
-            technique.check(model)
+            if not technique.runtime:
+                technique.check(model)
+            model = technique.plan(model).without(*technique.breaks)
+        for technique in self:
+            if technique.runtime:
+                technique.check(model)
+        return model
 
     def apply(self, model: Model) -> Model:
         """The model after every technique, traits taken away as declared."""
