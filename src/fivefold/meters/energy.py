@@ -153,7 +153,8 @@ def intensity(country: str = "world") -> tuple[float, float]:
     table = {**book["intensity"], **own.get("intensity", {})}
     key = country if country in table else country.upper()
     if key not in table:
-        near = nearest(country.upper(), table)
+        names = {k.lower(): k for k in table}
+        near = names.get(nearest(country, names) or "")
         raise UserError(
             f"the grid book has no country {country!r}{f', did you mean {near!r}' if near else ''}; give an ISO"
             " alpha-3 code or \"world\", or add it to grid.toml in your settings"

@@ -30,6 +30,8 @@ from fivefold.meters.worker import job_to_json
 from fivefold.model import Model
 from fivefold.quantity import Measurement, Quantity
 
+COMMAND = [sys.executable, "-m", "fivefold.meters.worker"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -115,7 +117,7 @@ class _Worker:
         self._label, self._timeout = label, timeout
         self._errors = job.with_suffix(".log").open("w+b")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fivefold.meters.worker", str(job)], stdin=subprocess.PIPE,
+            [*COMMAND, str(job)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._errors,
         )
 

@@ -13,6 +13,7 @@ CommDebugMode of torch counts calls, not bytes, hence `CollectiveBytes`.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from fivefold.quantity import Quantity
 
 BYTES_PER_TOKEN = 4.0  # English text under a vocabulary of 50,000: 4 to 4.5 bytes per token
 _NAMESPACES = ("c10d", "_c10d_functional")
+_COLLECTIVE = re.compile(r"reduce|gather|scatter|broadcast|all_?to_?all|send")
 
 
 def ship_bytes(model: Model, devices: int = 1) -> Quantity:
@@ -108,12 +110,12 @@ def _mode(window: CollectiveBytes) -> Any:
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
-            name = func._schema.name.partition("::")
-            if name[0] in _NAMESPACES and "wait" not in name[2] and "barrier" not in name[2]:
+            space, _, name = func._schema.name.partition("::")
+            if space in _NAMESPACES and _COLLECTIVE.search(name):
                 # The full tensor is the largest side: of inputs and outputs, per call.
                 sides = [sum(sizes(side)) for side in (*args, result) if not isinstance(side, (str, int, float))]
-                window.payload[name[2].strip("_")] += max(sides, default=0)
-                window.calls[name[2].strip("_")] += 1
+                window.payload[name.strip("_")] += max(sides, default=0)
+                window.calls[name.strip("_")] += 1
             return result
 
     return Mode()
