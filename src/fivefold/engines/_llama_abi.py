@@ -6,7 +6,8 @@ of `llama.h` and `ggml.h`. cffi in ABI mode opens it and calls them at full spee
 The price of ABI mode: nobody checks the declarations. A struct that gained a field upstream would be passed with
 every later field shifted, silently. Hence the version is pinned in `pyproject.toml`, only what is used is declared,
 and `library` reads back the default-parameter structs, whose values are known (a shifted layout cannot give
-n_batch = 2048, type_k = 1 and swa_full = true at once), before anything else is called.
+n_batch = 2048, type_k = 1 and swa_full = true at once), before anything else is called. The `spare` bytes at the end of
+these structs keep that check itself safe: a longer struct of another version is written into them.
 
 Source: `include/llama.h`, `ggml/include/ggml.h` and `ggml-cpu.h` of llama.cpp (MIT), release b11549.
 """
@@ -25,7 +26,7 @@ from fivefold.errors import ModelError
 PACKAGE = "xllamacpp"
 PINNED = "2026.10.11549"
 INSTALL = f"pip install '{PACKAGE}=={PINNED}'"
-FLASH_AUTO, FLASH_ON = -1, 1
+FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
 LOAD_COPY, LOAD_MAP = 0, 1
 INTEGER, TEXT = 0, 3
 ERROR_LEVEL, CONTINUED = 4, 5
@@ -49,6 +50,7 @@ typedef struct {
     void *progress_callback, *progress_callback_user_data;
     const llama_model_kv_override *kv_overrides;
     bool vocab_only, check_tensors, use_extra_bufts, no_host, no_alloc, load_mtp;
+    char spare[256];
 } llama_model_params;
 
 typedef struct {
@@ -67,6 +69,7 @@ typedef struct {
     void *samplers;
     size_t n_samplers;
     llama_context *ctx_other;
+    char spare[256];
 } llama_context_params;
 
 typedef struct {

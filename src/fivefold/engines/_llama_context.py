@@ -22,6 +22,11 @@ PREFILL = 256
 Logits = NDArray[np.float32]
 
 
+def flash_attention(cache_type: StorageType) -> int:
+    """Its CPU kernel rounds to half precision, so not for an f32 cache; a quantized value cache runs only with it."""
+    return abi.FLASH_OFF if cache_type.name == "f32" else abi.FLASH_AUTO if cache_type.block == 1 else abi.FLASH_ON
+
+
 class Context:
     """One llama_context with its cache, and the arrays a batch is described in."""
 
@@ -38,7 +43,7 @@ class Context:
         params.n_outputs_max, params.n_outputs_max_per_seq = outputs, outputs
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = cache_type.number
-        params.flash_attn_type = abi.FLASH_AUTO if cache_type.block == 1 else abi.FLASH_ON
+        params.flash_attn_type = flash_attention(cache_type)
         abi.forget_errors()
         handle = self._lib.llama_init_from_model(model, params)
         if handle == self._ffi.NULL:

@@ -12,6 +12,7 @@ Source: Holtzman et al., The Curious Case of Neural Text Degeneration, arXiv 190
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,14 @@ from numpy.typing import NDArray
 from fivefold.engines import Sampling
 from fivefold.errors import DataError, NotFinite
 
+BROKEN = "the model's logits hold NaN or infinity, so they are no distribution"
+
 
 def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
-    """The function logits (vocab,) -> token id; it keeps the random state. Raises DataError on bad settings."""
+    """The function logits (vocab,) -> token id; it keeps the random state. Raises DataError on bad settings.
+
+    The function raises NotFinite when the logits hold NaN or infinity.
+    """
     if not sampling.temperature >= 0 or not 0 < sampling.top_p <= 1:
         raise DataError(
             f"temperature {sampling.temperature} and top_p {sampling.top_p} cannot be sampled with;"
@@ -33,7 +39,10 @@ def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
     scale = np.float32(1 / sampling.temperature)
 
     def draw(logits: NDArray[np.float32]) -> int:
-        weights = logits - logits.max()
+        peak = logits.max()
+        if not isfinite(peak):
+            raise NotFinite(BROKEN)
+        weights = logits - peak
         weights *= scale
         np.exp(weights, out=weights)
         if sampling.top_p < 1:
@@ -44,14 +53,16 @@ def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
 
 
 def greedy(logits: NDArray[np.float32]) -> int:
-    return int(logits.argmax())
+    """The most probable token, the first of equals (argmax stops at a NaN, so one look finds any)."""
+    token = int(logits.argmax())
+    if not isfinite(logits[token]):
+        raise NotFinite(BROKEN)
+    return token
 
 
 def _inverse(weights: NDArray[np.float32], uniform: float) -> int:
     """The index whose cumulative weight first exceeds uniform * total."""
     cumulated = np.cumsum(weights, dtype=np.float64)
-    if not np.isfinite(cumulated[-1]):
-        raise NotFinite("the model's logits are not finite, so no token can be drawn")
     return min(int(np.searchsorted(cumulated, uniform * cumulated[-1], "right")), len(weights) - 1)
 
 
@@ -66,8 +77,14 @@ def _from_nucleus(weights: NDArray[np.float32], top_p: float, uniform: float) ->
 
 
 def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32], block: int = 16) -> None:
-    """Row-wise log-softmax of (rows, vocab) into `out`, a few rows at a time so that they stay in the cache."""
+    """Row-wise log-softmax of (rows, vocab) into `out`, a few rows at a time so that they stay in the cache.
+
+    Raises NotFinite when a logit is NaN or infinite.
+    """
     for first in range(0, len(logits), block):
         rows, target = logits[first : first + block], out[first : first + block]
-        np.subtract(rows, rows.max(axis=1, keepdims=True), out=target)
+        peaks = rows.max(axis=1, keepdims=True)
+        if not np.isfinite(peaks).all():
+            raise NotFinite(BROKEN)
+        np.subtract(rows, peaks, out=target)
         target -= np.log(np.exp(target).sum(axis=1, keepdims=True))

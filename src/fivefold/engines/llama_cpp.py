@@ -8,8 +8,8 @@ The tokenizer inside the file is not loaded (tokens are made outside, see `engin
 saves 15 MB and four fifths of the load time, and a file without a tokenizer works as well.
 
 Per token the Python side adds an argmax over the logits, which are read where llama.cpp left them, and a few calls:
-tens of microseconds (`benchmarks/engine_overhead.py`). A quantized value cache needs flash attention, which is then
-switched on. Types with a layout of their own for this CPU (q4_0 and others) are repacked while loading.
+tens of microseconds (`benchmarks/engine_overhead.py`). Types with a layout of their own for this CPU (q4_0 and
+others) are repacked while loading.
 
 Source: llama.cpp (MIT), https://github.com/ggml-org/llama.cpp, in the wheel of xllamacpp.
 """
