@@ -99,7 +99,8 @@ class Tokenizer:
         if not messages:
             raise DataError("the conversation is empty; give at least one message")
         for message in messages:
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            fields = [message.get(k) for k in ("role", "content")] if isinstance(message, Mapping) else [None]
+            if not all(isinstance(text, str) for text in fields):
                 raise DataError('a message is not {"role": text, "content": text}; correct it')
         if self._template is None:
             lines = [f"{m['role']}: {m['content']}" for m in messages]
@@ -184,7 +185,9 @@ def _template_text(folder: Path, config: Mapping[str, Any]) -> str | None:
     if template is None:
         return None
     if not isinstance(template, str) or len(template) > MAX_TEMPLATE_CHARS:
-        raise ModelError(f"the chat template in {folder} is not a text under {MAX_TEMPLATE_CHARS >> 10} Ki characters; replace it")
+        raise ModelError(
+            f"the chat template in {folder} is not a text under {MAX_TEMPLATE_CHARS >> 10} Ki characters; replace it"
+        )
     return template
 
 
@@ -240,7 +243,9 @@ def _render(template: Any, **values: Any) -> str:
                 raise ValueError(f"more than {MAX_CHAT_CHARS >> 20} Mi characters")
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
             ValueError) as error:
-        raise ModelError(f"the model's chat template failed ({_brief(error)}); check the messages or the template") from None
+        raise ModelError(
+            f"the model's chat template failed ({_brief(error)}); check the messages or the template"
+        ) from None
     return "".join(parts)
 
 

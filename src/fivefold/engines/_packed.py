@@ -148,7 +148,7 @@ def _known_layout(rows: int) -> bool:
         return False
     q = torch.arange(64 * 32, dtype=torch.int32).view(64, 32) * 7 % 16
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    return bool((_from_kernel_layout(packed, 32)[0].T == q).all())
+    return torch.equal(_from_kernel_layout(packed, 32)[0].T.int(), q)
 
 
 def write_packed(source: Path, target: Path, layers: Mapping[str, tuple[int, int]]) -> Path:
@@ -194,7 +194,7 @@ def load_packed(folder: Path, dtype: torch.dtype) -> nn.Module:
     for name in layers:
         _replace(model, name, tensors, dtype, folder)
     rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    missing, surplus = model.load_state_dict(rest, strict=False, assign=True)
+    _, surplus = model.load_state_dict(rest, strict=False, assign=True)
     if getattr(config, "tie_word_embeddings", False):
         _tie(model)
     lacking = [n for n, p in model.named_parameters() if p.is_meta]

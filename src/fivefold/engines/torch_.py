@@ -186,7 +186,9 @@ class TorchSession:
             raise RuntimeError("this session is closed; open the model again")
         ids = [int(token) for token in tokens]
         if not ids or min(ids) < 0 or max(ids) >= self.vocab:
-            raise DataError(f"a prompt must be one or more token ids from 0 to {self.vocab - 1}; tokenize the text again")
+            raise DataError(
+                f"a prompt must be one or more token ids from 0 to {self.vocab - 1}; tokenize the text again"
+            )
         if length > self.run.context:
             raise DataError(
                 f"{length} tokens do not fit the context of {self.run.context};"
