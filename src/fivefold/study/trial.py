@@ -76,3 +76,8 @@ class Trial:
         fields["coverage"] = tuple(fields["coverage"])
         return cls(**fields)
 
+
+def estimate(trial: Trial) -> dict[str, float | None]:
+    """The best that is known of each metric: measured, else screened, else predicted. To rank by, never to report."""
+    rungs = (trial.predicted, trial.screen, trial.measurement)
+    return {name: rung.value(name) for rung in rungs for name in rung if rung.value(name) is not None}

@@ -1,0 +1,103 @@
+"""Optimize: set up a study of a model with real processes, and run it. The one call behind the verb.
+
+The settings that identify a study are the parent's content, budget, objectives, workload, text, country, sampler, seed
+and the search space; the allowance is not among them, so the same command with more time goes on. A study of another
+version of fivefold is not mixed with this one's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fivefold
+from fivefold.artifact import hash_folder
+from fivefold.budget import Allowance, Budget
+from fivefold.machine import Machine
+from fivefold.meters.money import Prices
+from fivefold.model import Model
+from fivefold.study.driver import WINDOW, Processes
+from fivefold.study.events import Watcher
+from fivefold.study.pareto import Goal
+from fivefold.study.policy import DEFAULT_TRIALS, Policy
+from fivefold.study.predictor import Predictor
+from fivefold.study.sampler import SearchSpace, make
+from fivefold.study.study import Study
+from fivefold.tokenizer import Tokenizer
+from fivefold.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything a study needs, resolved: what `plan` shows and `optimize` runs."""
+
+    model: Model
+    goal: Goal
+    machine: Machine
+    workload: Workload
+    policy: Policy
+    settings: Mapping[str, str]
+    windows: Callable[[str, int], list[list[int]]]
+    country: str
+    seed: int
+
+
+def setup(
+    model: Model, *, budget: Budget, objectives: tuple[str, ...], allowance: Allowance, workload: str = "chat",
+    text: str = "encyclopedia", country: str = "world", sampler: str = "fivefold", seed: int = 0,
+    trials: int | None = None, techniques: Mapping[str, Any] | None = None, machine: Machine | None = None,
+) -> Setup:
+    """Resolve names; raises UserError for what does not exist. `techniques` narrows the catalogue."""
+    machine = machine or Machine.load()
+    tokenizer = Tokenizer(model.tokenizer_file)
+    traffic = Workload.load(workload, tokenizer)
+    space = SearchSpace.build(model, techniques, traffic.batch)
+    goal = Goal(objectives, budget)
+    sizes = traffic.describe()
+    predictor = Predictor(machine, model, int(sizes["prompt_tokens"]), int(sizes["output_tokens"]))
+    limited = any((allowance.time, allowance.energy, allowance.money))
+    policy = Policy(
+        goal, space, make(sampler, goal, predictor), predictor, allowance, seed,
+        trials if trials is not None or limited else DEFAULT_TRIALS,
+    )
+    fingerprint = hashlib.sha256(json.dumps(space.levels, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    settings = {
+        "model": hash_folder(model.path)[:16], "budget": str(budget), "objectives": ",".join(objectives),
+        "workload": sizes["digest"], "text": text, "country": country, "sampler": sampler, "seed": str(seed),
+        "search space": fingerprint, "version": fivefold.__version__, "machine": machine.id[:16],
+    }
+    return Setup(
+        model=model, goal=goal, machine=machine, workload=traffic, policy=policy, settings=settings,
+        windows=lambda split, tokens: _windows(tokenizer, text, split, tokens, model.blueprint.context),
+        country=country, seed=seed,
+    )
+
+
+def optimize(
+    model: Model, out: Path | str, *, events: Watcher | None = None, memory: int | None = None, rounds: int = 5,
+    seconds: float | None = None, **choices: Any,
+) -> Study:
+    """Run or resume the study in `out`; `choices` are those of `setup`. Returns it, finished.
+
+    `memory` caps each trial's processes (bytes), `seconds` each phase. Raises Busy, UserError, Infeasible never.
+    """
+    made = setup(model, **choices)
+    limits: dict[str, Any] = {} if seconds is None else {"seconds": seconds}
+    disk = made.policy.allowance.disk
+    runner = Processes(
+        folder=Path(out).resolve(), model=model, machine=made.machine, workload=made.workload, windows=made.windows,
+        prices=Prices.load(), country=made.country, seed=made.seed, rounds=rounds, memory=memory,
+        quota=None if disk is None else int(disk), **limits,
+    )
+    return Study(out).run(made.policy, runner, made.settings, events)
+
+
+def _windows(tokenizer: Tokenizer, text: str, split: str, tokens: int, context: int) -> list[list[int]]:
+    from fivefold.tasks.text import windows
+
+    size = min(WINDOW, context, tokens)
+    return windows(tokenizer, text, "screen" if split == "screen" else "evaluation", tokens, size)

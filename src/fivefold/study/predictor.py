@@ -1,0 +1,287 @@
+"""Predictor: what a recipe will cost, before anything is built.
+
+The physics first. One decoded token reads every weight it passes through and the cache once; a prompt token costs two
+operations per matrix parameter:
+
+    time per token = max(bytes / bandwidth(threads), FLOPs / GEMM rate) / efficiency(engine, storage type)
+    time to first  = prompt tokens * FLOPs / GEMM rate / efficiency
+    size           = sum over tensors of parameters * bits(type) / 8
+
+Then the evidence: efficiencies start from a rough table and are replaced, as soon as a trial with the same engine and
+storage type has been measured, by the median ratio measured / physics of those trials. Energy and money follow the
+predicted time by the ratio the parent's measurement gives. Quality is not predicted here; samplers learn it.
+
+A prediction is stored in its trial before the measurement, so `errors` judges it honestly. What a technique will change
+in plans and blueprint it says itself (`Technique.plan`); what it does to speed other than by bytes, depth and plan (a
+draft from the prompt, say) is left to the sampler's regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from fivefold.engines import default_engine
+from fivefold.machine import Machine
+from fivefold.metrics import METRICS
+from fivefold.model import Blueprint, Model
+from fivefold.quantity import Measurement, Quantity
+from fivefold.recipe import Recipe
+from fivefold.study.pareto import Goal
+from fivefold.study.trial import Outcome, Trial
+from fivefold.techniques._shared.gguf_types import bits
+
+_EFFICIENCY = {"f32": 0.55, "f16": 0.6, "bf16": 0.6, "q8_0": 0.34}
+_TORCH_EFFICIENCY, _OTHER_EFFICIENCY, _PREFILL_EFFICIENCY = 0.22, 0.3, 0.5
+_BASE_MEMORY = {"torch": 450e6}
+_WATTS = 20.0
+_USD_PER_SECOND = 1e-5
+PHASES = ("build", "screen", "measure", "quality", "overhead")
+RESOURCES = ("flops", "latency", "ttft", "request", "decode", "prefill", "memory", "size", "kv", "energy", "carbon",
+             "money", "network")
+TIMED = {"latency", "decode", "request", "throughput", "energy", "money", "carbon"}
+MARGIN = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outline:
+    """What the physics needs to know of a recipe's result."""
+
+    engine: str
+    storage: str
+    weight_bytes: float
+    blueprint: Blueprint
+    threads: int | None
+    batch: int
+    cache_bytes: float
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """`prompt` and `output` are tokens of the workload's typical request."""
+
+    machine: Machine
+    model: Model
+    prompt: int = 128
+    output: int = 64
+    _memo: dict[str, tuple[Outline, dict[str, float]]] = field(default_factory=dict, repr=False, compare=False)
+
+    def outline(self, recipe: Recipe) -> Outline:
+        return self._known(recipe)[0]
+
+    def physics(self, recipe: Recipe) -> dict[str, float]:
+        """Metric -> value by physics and the rough table, without evidence."""
+        return self._known(recipe)[1]
+
+    def _known(self, recipe: Recipe) -> tuple[Outline, dict[str, float]]:
+        text = str(recipe)
+        if text not in self._memo:
+            outline = self._outline(recipe)
+            self._memo[text] = outline, self._physics(outline)
+        return self._memo[text]
+
+    def _outline(self, recipe: Recipe) -> Outline:
+        model = recipe.plan(self.model)
+        engine = planned_engine(model)
+        storage = model.export.default if model.export.format == "gguf" else _DTYPE_TYPE[model.run.dtype]
+        cache = model.run.cache_type if engine != "torch" else _DTYPE_TYPE[model.run.dtype]
+        return Outline(
+            engine=engine, storage=storage, weight_bytes=self._weight_bytes(recipe, model), blueprint=model.blueprint,
+            threads=model.run.threads, batch=model.run.batch, cache_bytes=bits(cache) / 8,
+            dtype=model.run.dtype if engine == "torch" else "float32",
+        )
+
+    def _weight_bytes(self, recipe: Recipe, planned: Model) -> float:
+        """Bytes of the file the plan will write; of the file there is when nothing builds."""
+        if not recipe.build.techniques:
+            return _size_on_disk(self.model)
+        sizes: list[Any] = [getattr(t, "size", None) for t in recipe]
+        share = next((size for size in sizes if isinstance(size, float)), None)
+        if share is not None:
+            return share * _planned_bytes(planned.blueprint, "q8_0", None)
+        plan = planned.export
+        if plan.format == "gguf":
+            return _planned_bytes(planned.blueprint, plan.default, plan.embedding)
+        return _planned_bytes(planned.blueprint, _DTYPE_TYPE[planned.run.dtype], None)
+
+    def _physics(self, o: Outline) -> dict[str, float]:
+        position = self.prompt + self.output // 2
+        limits = self.machine.limits(
+            o.blueprint, o.weight_bytes, o.dtype, position, cache_element_bytes=o.cache_bytes, threads=o.threads
+        )
+        efficiency = _TORCH_EFFICIENCY if o.engine == "torch" else _EFFICIENCY.get(o.storage, _OTHER_EFFICIENCY)
+        decode = min(limits.decode.value or 50.0, limits.prefill.value or math.inf) * efficiency
+        cores = self.machine.cores
+        share = min(1.0, (o.threads or cores) / cores)
+        prefill = (limits.prefill.value or 1000.0) * _PREFILL_EFFICIENCY * share
+        latency, ttft = 1 / decode, self.prompt / prefill
+        request = ttft + latency * max(1, self.output - 1)
+        cache = o.blueprint.cache_bytes_per_token(o.cache_bytes)
+        per_token = request / max(1, self.output)
+        return {
+            "flops": limits.flops_per_token, "latency": latency, "ttft": ttft, "request": request, "decode": decode,
+            "prefill": prefill, "size": o.weight_bytes, "network": o.weight_bytes, "kv": cache,
+            "memory": o.weight_bytes + cache * (self.prompt + self.output) + _BASE_MEMORY.get(o.engine, 90e6),
+            "energy": per_token * _WATTS, "carbon": per_token * _WATTS / 3.6e6 * 450 * 1e6,
+            "money": per_token * _USD_PER_SECOND * 1e6,
+        }
+
+    def after(self, history: Sequence[Trial]) -> Forecast:
+        """The predictor as these trials have taught it."""
+        return Forecast(self, tuple(history))
+
+
+class Forecast:
+    """Physics corrected by the trials measured so far. Cheap to ask many times for one history."""
+
+    def __init__(self, predictor: Predictor, history: Sequence[Trial]) -> None:
+        self.predictor, self.history = predictor, history
+        self.errors = errors(history)
+        """Median |predicted / measured - 1| per metric."""
+        self._evidence = self._compare()
+        self._built = built_prefixes(history)
+        self._steps: dict[str, list[float]] = {}
+        for trial in history:
+            for key, seconds in trial.spent.items():
+                self._steps.setdefault(key, []).append(seconds)
+        self.parent = next((t for t in history if t.recipe == "parent" and t.outcome is Outcome.MEASURED), None)
+        self._similar = [t for t in history if t.spent.get("measure") and t.recipe != "parent"]
+
+    def _compare(self) -> dict[str, list[tuple[tuple[str, str], float]]]:
+        """Metric -> (engine and storage type, log of measured / physics) of every measured trial."""
+        found: dict[str, list[tuple[tuple[str, str], float]]] = {}
+        for trial in self.history:
+            if trial.outcome is not Outcome.MEASURED:
+                continue
+            recipe = Recipe.parse(trial.recipe)
+            o, raw = self.predictor.outline(recipe), self.predictor.physics(recipe)
+            for metric, value in raw.items():
+                measured = trial.value(metric)
+                if measured and measured > 0 and value > 0:
+                    found.setdefault(metric, []).append(((o.engine, o.storage), math.log(measured / value)))
+        return found
+
+    def predict(self, recipe: Recipe) -> Measurement:
+        """Every metric of `RESOURCES`, modelled; `context` says from how many trials it was calibrated."""
+        o = self.predictor.outline(recipe)
+        quantities = {}
+        for metric, value in self.predictor.physics(recipe).items():
+            factor, n = _factor(self._evidence.get(metric, []), (o.engine, o.storage))
+            quantities[metric] = Quantity(
+                value=value * factor, unit=METRICS[metric].unit, method="modelled", n=max(1, n),
+                reason="" if n else "not calibrated by a trial yet",
+            )
+        return Measurement(quantities, {"calibrated_on": len(self._evidence.get("latency", []))})
+
+    def seconds(self, recipe: Recipe) -> dict[str, float]:
+        """Expected seconds of a trial by phase, from this study's own trials where there are any."""
+        build = 0.0
+        for i, technique in enumerate(recipe.build.techniques):
+            if prefix_text(recipe, i + 1) not in self._built:
+                build += self._step(technique.name)
+        if str(recipe.build) not in self._built:
+            build += self._step("export")
+        rough = self.predictor.physics(recipe)
+        if self._similar:
+            rest = {k: median(t.spent.get(k, 0.0) for t in self._similar) for k in ("screen", "measure", "quality")}
+        elif self.parent is not None:
+            base = self.predictor.physics(Recipe())
+            ratio = min(1.5, max(0.15, rough["request"] / base["request"]))
+            rest = {k: self.parent.spent.get(k, 3.0) * ratio for k in ("screen", "measure", "quality")}
+        else:
+            rest = {"screen": 5.0, "measure": 8 * rough["request"] + 2, "quality": 2200 / rough["prefill"] + 2}
+        overhead = self._steps.get("overhead")
+        return {"build": build, **rest, "overhead": median(overhead) if overhead else 2.0}
+
+    def _step(self, name: str) -> float:
+        known = self._steps.get(f"step.{name}")
+        return median(known) if known else 3.0 + 6e-8 * self.predictor.model.blueprint.parameters
+
+    def objection(
+        self, recipe: Recipe, prediction: Measurement, goal: Goal, parent: Mapping[str, float | None]
+    ) -> str | None:
+        """Why the recipe is not worth building, as a sentence, or None.
+
+        A limit on a resource counts when missed by more than the margin and the predictor's own error; being slower
+        than the parent counts when time, energy or money is an objective.
+        """
+        for limit in goal.budget:
+            guess = prediction.value(limit.metric)
+            excess = limit.excess({limit.metric: guess}, parent)
+            if guess is not None and excess is not None and excess > max(MARGIN, self._doubt(limit.metric)):
+                return f"predicted {limit.metric} of {guess:.4g} {METRICS[limit.metric].unit} misses the limit {limit}"
+        slow, base = prediction.value("request"), parent.get("request")
+        if slow is not None and base and TIMED & set(goal.objectives):
+            ratio = slow / base
+            if ratio > (1 + MARGIN) * (1 + self._doubt("request")):
+                return f"predicted to take {ratio:.2g} times as long per request as the parent"
+        return None
+
+    def _doubt(self, metric: str) -> float:
+        """The error to allow for, as a fraction: what was seen, else a guess; never more than one half."""
+        error = self.errors[metric].value if metric in self.errors else None
+        return min(0.5, _UNPROVEN.get(metric, 0.5) if error is None else error)
+
+
+def errors(history: Sequence[Trial]) -> dict[str, Quantity]:
+    """Median |predicted / measured - 1| per metric over measured trials other than the parent."""
+    found: dict[str, list[float]] = {}
+    for trial in history:
+        for metric in trial.predicted if trial.recipe != "parent" else ():
+            guess, truth = trial.predicted.value(metric), trial.value(metric)
+            if guess is not None and truth:
+                found.setdefault(metric, []).append(abs(guess / truth - 1))
+    return {metric: Quantity.median_of(values, "fraction") for metric, values in found.items()}
+
+
+_UNPROVEN = {"size": 0.1, "network": 0.1, "kv": 0.05, "flops": 0.05, "memory": 0.3}
+_DTYPE_TYPE = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def planned_engine(model: Model) -> str:
+    """The engine the plan ends in: the chosen one, else that of the planned file."""
+    planned = "gguf" if model.format == "gguf" or model.export.format == "gguf" else "safetensors"
+    return default_engine(model.but(format=planned))
+
+
+def _planned_bytes(blueprint: Blueprint, storage: str, embedding: str | None) -> float:
+    table = blueprint.vocab * blueprint.width
+    others = blueprint.parameters - table * (1 if blueprint.tied else 2)
+    head = 0.0 if blueprint.tied else table * bits(storage)
+    return (others * bits(storage) + head + table * bits(embedding or storage)) / 8
+
+
+def _size_on_disk(model: Model) -> float:
+    if model.path.is_file():
+        return float(model.path.stat().st_size)
+    return float(sum(f.stat().st_size for f in model.path.glob("*.safetensors")))
+
+
+def _factor(evidence: Sequence[tuple[tuple[str, str], float]], key: tuple[str, str]) -> tuple[float, int]:
+    """Correction from trials of the same engine and type, else of the engine, else of any; and from how many."""
+    for alike in (
+        [x for k, x in evidence if k == key], [x for k, x in evidence if k[0] == key[0]], [x for _, x in evidence],
+    ):
+        if alike:
+            return math.exp(median(alike)), len(alike)
+    return 1.0, 0
+
+
+def prefix_text(recipe: Recipe, length: int) -> str:
+    """The first `length` building techniques, spelled: two recipes that agree in it share that work."""
+    return " + ".join(map(str, recipe.build.techniques[:length])) or "parent"
+
+
+def built_prefixes(history: Sequence[Trial]) -> set[str]:
+    """Every prefix that some trial has built already; the parent needs no building."""
+    done = {"parent"}
+    for trial in history:
+        if trial.artifact is not None:
+            recipe = Recipe.parse(trial.recipe)
+            done |= {prefix_text(recipe, n) for n in range(1, len(recipe.build) + 1)}
+    return done
+
