@@ -1,9 +1,9 @@
 """Calibration text: the tokens a technique looks at to learn what the weights are used for.
 
 The text is the model's own calibration file (`model.calibration`, plain UTF-8), else the bundled encyclopedia leads,
-of which only a part set aside for calibration is read, so that no measured text was ever looked at. Windows are spread
-evenly over the text and never overlap. A few thousand tokens are enough for the mean square of a column: its relative
-error falls as 1 / sqrt(tokens).
+of which only a part set aside for calibration is read, so that no measured text was ever looked at. Windows are
+spread evenly over the text and never overlap. A few thousand tokens are enough for the mean square of a column: its
+relative error falls as 1 / sqrt(tokens).
 """
 
 from __future__ import annotations
@@ -55,14 +55,10 @@ def _pieces(text: str, count: int, length: int) -> list[str]:
 
 
 def _encode(model: Model, texts: list[str]) -> list[list[int]]:
-    from tokenizers import Tokenizer
+    from fivefold.tokenizer import Tokenizer
 
-    file = model.tokenizer_file
-    if not file.is_file():
-        raise ModelError(f"{file} is missing, so text cannot be tokenized; put the model's tokenizer.json there")
-    tokenizer = Tokenizer.from_file(str(file))
-    tokenizer.no_truncation()
-    return [e.ids for e in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    tokenizer = Tokenizer(model.tokenizer_file)
+    return [tokenizer.encode(text) for text in texts]
 
 
 def _text(model: Model) -> tuple[str, Path]:

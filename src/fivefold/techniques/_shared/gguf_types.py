@@ -1,8 +1,8 @@
 """ggml's storage types, and which of them the matrices of one model can take.
 
-A type stores a row in blocks that share a scale: `block` weights in `block_bytes` bytes, hence 8 * block_bytes / block
-bits per weight. A row must be a whole number of blocks wide. The K-quants and most i-quants have blocks of 256, so a
-row of 576 cannot hold them; types of 32 (q8_0, q5_1, iq4_nl, ...) then can.
+A type stores a row in blocks that share a scale: `block` weights in `block_bytes` bytes, hence 8 * block_bytes /
+block bits per weight. A row must be a whole number of blocks wide. The K-quants and most i-quants have blocks of 256,
+so a row of 576 cannot hold them; types of 32 (q8_0, q5_1, iq4_nl, ...) then can.
 
 Names are those of the exported file (`blk.0.attn_q.weight`, `token_embd.weight`). They and the widths come from the
 headers of the weight files alone. No torch here.

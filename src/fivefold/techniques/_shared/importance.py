@@ -12,8 +12,10 @@ Source: importance matrix of llama.cpp (ggml-org/llama.cpp, tools/imatrix); Opti
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,9 @@ from fivefold.techniques._shared.calibration import windows
 from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names, matrices
 from fivefold.techniques._shared.modules import forward, is_linear, load_module, stored_name, workspace
 from fivefold.weights import write_safetensors
+
+if TYPE_CHECKING:
+    import torch
 
 Vectors = dict[str, NDArray[np.float32]]
 
@@ -52,23 +57,44 @@ def importance(model: Model, module: Any, tokens: NDArray[np.int64]) -> Vectors:
 
 def input_squares(module: Any, tokens: NDArray[np.int64]) -> Vectors:
     """Module name -> mean square of each input column of every linear layer; the head's inputs are under "head"."""
-    import torch
-
-    sums: dict[str, torch.Tensor] = {}
-
-    def add(name: str, inputs: torch.Tensor) -> None:
-        squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().sum(0, dtype=torch.float64)
-        sums[name] = sums[name] + squares if name in sums else squares
-
     head = module.get_output_embeddings()
+    parts = {n: p for n, p in module.named_modules() if is_linear(p) and p is not head}
+    with collecting(parts) as squares:
+        for row in tokens:
+            squares.add("head", forward(module, row[None]))
+    return {name: squares.mean(name).float().numpy() for name in squares.sums}
+
+
+class Squares:
+    """Running sums of squared inputs per column, in float64."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.rows: dict[str, int] = {}
+
+    def add(self, name: str, inputs: torch.Tensor) -> None:
+        """`inputs` is (..., columns)."""
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        squares = flat.square().double().sum(0)
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares
+        self.rows[name] = self.rows.get(name, 0) + len(flat)
+
+    def mean(self, name: str) -> torch.Tensor:
+        """Shape (columns,), float64."""
+        return self.sums[name] / self.rows[name]
+
+
+@contextmanager
+def collecting(parts: Mapping[str, Any]) -> Iterator[Squares]:
+    """While open, every forward pass through one of `parts` (name -> module) adds its inputs."""
+    squares = Squares()
     handles = [
-        part.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-        for name, part in module.named_modules() if is_linear(part) and part is not head
+        part.register_forward_pre_hook(lambda _, args, name=name: squares.add(name, args[0]))
+        for name, part in parts.items()
     ]
     try:
-        for row in tokens:
-            add("head", forward(module, row[None]))
+        yield squares
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / tokens.size).float().numpy() for name, total in sums.items()}
+

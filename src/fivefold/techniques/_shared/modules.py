@@ -1,7 +1,7 @@
 """A model folder as a torch module, and the way back.
 
-Loading runs no code of the folder and reads no pickle: a family transformers knows, safetensors only. What a technique
-changed is written as a new folder; every tensor it did not touch is copied as it lies on disk.
+Loading runs no code of the folder and reads no pickle: a family transformers knows, safetensors only. What a
+technique changed is written as a new folder; every tensor it did not touch is copied as it lies on disk.
 
     h = embed(tokens);  for layer in layers: h = layer(h);  logits = head(norm(h))
 

@@ -2,10 +2,11 @@
 
 Decoding one token reads every weight once, so its time is at best bytes / bandwidth: a weight of 4.5 bits instead of
 16 lets memory feed 3.6 times as many of them. A block of n weights shares a scale d (and for the _1 and K types a
-minimum m): w = d q + m with q of k bits, so a block costs k n / 8 bytes and its scales. q8_0 rounds to 8 bits in blocks
-of 32 (8.5 bits per weight); q4_0, 4.5; iq4_nl has 16 unevenly spaced levels; K types put 8 or 16 small blocks under one
-scale of 256; i-quants below 4 bits choose from a table of grid points. The rounding error minimised is sum_j s_j (w_j -
-w'_j)^2 with s_j = the mean square of input j on calibration text (the importance), if `importance` is on.
+minimum m): w = d q + m with q of k bits, so a block costs k n / 8 bytes and its scales. q8_0 rounds to 8 bits in
+blocks of 32 (8.5 bits per weight); q4_0, 4.5; iq4_nl has 16 unevenly spaced levels; K types put 8 or 16 small blocks
+under one scale of 256; i-quants below 4 bits choose from a table of grid points. The rounding error minimised is
+sum_j s_j (w_j - w'_j)^2 with s_j = the mean square of input j on calibration text (the importance), if `importance`
+is on.
 
 Lowers memory, network bytes and, where memory is the bottleneck, decoding time and energy. Prefill is arithmetic and
 may become slower than with 16-bit weights. Small models lose much below 5 bits. A row must be a multiple of the block

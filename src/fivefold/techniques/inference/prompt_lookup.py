@@ -1,8 +1,9 @@
 """Speculative decoding that drafts from the text so far.
 
-Where the last `ngram` tokens occurred before, the `tokens` that followed them then are a draft of what follows now. The
-model checks a draft of k tokens in one pass, which reads the weights once instead of k times. With probability a that a
-draft token is right, a pass yields (1 - a^(k+1)) / (1 - a) tokens on average: 1 at a = 0, 4.3 at a = 0.8 and k = 8.
+Where the last `ngram` tokens occurred before, the `tokens` that followed them then are a draft of what follows now.
+The model checks a draft of k tokens in one pass, which reads the weights once instead of k times. With probability a
+that a draft token is right, a pass yields (1 - a^(k+1)) / (1 - a) tokens on average: 1 at a = 0, 4.3 at a = 0.8 and k
+= 8.
 
 Lossless: only tokens the model itself would have drawn are kept, so under greedy decoding the text is the same up to
 ties in the last bits of the logits. Lowers time and energy per token on text that copies (summaries, edits, code). On

@@ -1,9 +1,9 @@
 """Requests decoded together.
 
-One decoding pass reads every weight once, whether it advances one sequence or sixteen: the bytes per token fall as
-1 / batch until arithmetic (batch x 2 operations per weight) takes as long as the reading. From there on a larger batch
-adds delay and no throughput. The batch at which the two meet is roughly (operations per second) / (2 x weights read per
-second); on a few CPU cores it is small.
+One decoding pass reads every weight once, whether it advances one sequence or sixteen: the bytes per token fall as 1
+/ batch until arithmetic (batch x 2 operations per weight) takes as long as the reading. From there on a larger batch
+adds delay and no throughput. The batch at which the two meet is roughly (operations per second) / (2 x weights read
+per second); on a few CPU cores it is small.
 
 Lowers energy and money per token where there are requests to fill it; raises the cache memory, batch times over, and
 the time each single request takes. It does nothing for one user at a time. It changes no weight, and answers only by

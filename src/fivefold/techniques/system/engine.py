@@ -1,8 +1,9 @@
 """The runtime that serves the artifact.
 
-The same weights run at different speeds in different runtimes, and none wins both phases: on two CPU cores and a model
-of 135 million parameters OpenVINO filled the prompt 2 to 5 times faster and llama.cpp decoded 1.4 to 1.7 times faster,
-from the same file. What pays depends on prompt and output lengths, so the engine is searched like a technique.
+The same weights run at different speeds in different runtimes, and none wins both phases: on two CPU cores and a
+model of 135 million parameters OpenVINO filled the prompt 2 to 5 times faster and llama.cpp decoded 1.4 to 1.7 times
+faster, from the same file. What pays depends on prompt and output lengths, so the engine is searched like a
+technique.
 
 It changes no weight; answers differ only by rounding inside the runtime. Not every engine reads every file (llama.cpp
 reads GGUF, OpenVINO only some of its storage types), which is checked before any work.
