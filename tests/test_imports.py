@@ -24,7 +24,7 @@ ALLOWED = {
     "workload": GROUND | {"model", "tokenizer", "bundled"},
     "techniques": CORE | {"training", "engines", "export"}, "engines": CORE, "export": CORE | {"engines"}, "training": CORE,
     "meters": CORE | {"engines"}, "tasks": CORE | {"engines"}, "study": CORE | {"techniques", "engines", "export", "training", "meters", "tasks", "testing"},
-    "report": GROUND | {"study"}, "serve": CORE | {"engines", "meters"},
+    "report": GROUND | {"budget", "study"}, "serve": CORE | {"engines", "meters"},
     "testing": CORE | {"techniques", "study", "engines", "export", "meters", "tasks"},
     "verbs": None, "cli": None, "display": None, "__init__": None,
 }

@@ -60,6 +60,16 @@ _SCALES: dict[str, list[tuple[float, str]]] = {
 }
 
 
+def scale(value: float, unit: str) -> tuple[float, str]:
+    """(factor, unit) to show values around `value` in: `scale(2.6e8, "byte")` is (1e6, "MB")."""
+    base, _, per = unit.partition("/")
+    if base == "fraction":
+        return 0.01, "%"
+    fits = [(factor, name) for factor, name in _SCALES.get(base, []) if abs(value) >= factor * 0.9995]
+    factor, name = fits[0] if fits else (1.0, "" if base == "1" else base)
+    return factor, f"{name}/{per}" if per else name
+
+
 def show(value: float | None, unit: str) -> str:
     """A value in the unit a person would say: `show(2.6e8, "byte")` is "260 MB"; None is "-"."""
     if value is None:
@@ -70,8 +80,8 @@ def show(value: float | None, unit: str) -> str:
         return f"{100 * value:.1f} %"
     if base == "USD":
         return f"${value:.3g}{tail}"
-    for scale, name in _SCALES.get(base, []):
-        if abs(value) >= scale * 0.9995:
-            return f"{value / scale:.3g} {name}{tail}"
+    for factor, name in _SCALES.get(base, []):
+        if abs(value) >= factor * 0.9995:
+            return f"{value / factor:.3g} {name}{tail}"
     number = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return number if unit == "1" else f"{number} {unit}"
