@@ -1,13 +1,14 @@
 """A Hugging Face folder in the dtype the run plan asks for: float32, or bfloat16 at half the bytes.
 
 bfloat16 keeps float32's range with 8 bits of precision (relative rounding error up to 2^-9); it halves what one token
-must read from memory. Integer tensors keep their type.
+must read from memory. Integer tensors, and the scales that belong to them, keep their type.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,19 @@ class Converted:
         return out.reshape(-1).view(np.uint8)
 
 
+def _of_packed(name: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """Scales and offsets of 8- and 4-bit weights: the whole numbers were rounded against them as they are stored."""
+    module, _, kind = name.rpartition(".")
+    return kind in ("scale", "zero") and f"{module}.qweight" in stored
+
+
 def write_folder(model: Model, folder: Path) -> Model:
     """Copy or convert `model.path` into `folder`, one tensor in memory at a time."""
     dtype = {"float32": "F32", "bfloat16": "BF16"}[model.run.dtype]
+    stored = dict(read_tensors(model.path))
     tensors = {
-        name: Converted(tensor, dtype) if tensor.dtype in FLOATS else tensor
-        for name, tensor in read_tensors(model.path)
+        name: Converted(tensor, dtype) if tensor.dtype in FLOATS and not _of_packed(name, stored) else tensor
+        for name, tensor in stored.items()
     }
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
