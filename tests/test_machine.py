@@ -162,3 +162,18 @@ def test_the_doctor_says_what_is_missing_and_how_to_get_it(tmp_path: Path, monke
     noisy = replace(quiet, others=0.5)
     assert "50%" in {r.name: r for r in noisy.doctor()}["calibration"].text
     assert {r.name: r for r in noisy.doctor()}["calibration"].fix
+
+
+@pytest.mark.parametrize("shares, runs, kept", [([0.0], 1, 0.0), ([0.6, 0.1], 2, 0.1), ([0.3, 0.6], 2, 0.3)])
+def test_a_disturbed_calibration_is_repeated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[float], runs: int, kept: float
+) -> None:
+    monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path))
+    left, calls = iter(shares), []
+    monkeypatch.setattr(module, "others_share", lambda **_: next(left))
+    monkeypatch.setattr(module, "_bandwidths", lambda n: calls.append(n) or {"bandwidth.1": rate(float(len(calls)))})
+    monkeypatch.setattr(module, "_gemms", lambda n: {})
+    monkeypatch.setattr(module, "_disk", lambda folder: {})
+    done = machine().calibrate()
+    assert len(calls) == runs and done.others == kept
+    assert done.bandwidth().value == 1.0 + shares.index(kept)

@@ -106,12 +106,17 @@ class Machine:
         return cls(id=digest, **facts)
 
     def calibrate(self) -> Machine:
-        """A copy with measured rates; takes 5 to 20 s and wants a quiet machine (`others` tells)."""
-        with Neighbours() as neighbours:
-            rates = {**_bandwidths(self.cores), **_gemms(self.cores), **_disk(cache_dir())}
-            if self.gpus:
-                rates |= _cuda_rates()
-        return replace(self, rates=rates, date=date.today().isoformat(), others=neighbours.share)
+        """A copy with measured rates. Takes 5 to 10 s; up to twice that where others use the cores meanwhile, and
+        then keeps the quieter attempt (`others` tells how quiet)."""
+        attempts: list[tuple[float, dict[str, Quantity]]] = []
+        while len(attempts) < 2 and all(share > DISTURBED for share, _ in attempts):
+            with Neighbours() as neighbours:
+                rates = {**_bandwidths(self.cores), **_gemms(self.cores), **_disk(cache_dir())}
+                if self.gpus:
+                    rates |= _cuda_rates()
+            attempts.append((neighbours.share, rates))
+        others, rates = min(attempts, key=lambda attempt: attempt[0])
+        return replace(self, rates=rates, date=date.today().isoformat(), others=others)
 
     @classmethod
     def load(cls, refresh: bool = False) -> Machine:

@@ -11,6 +11,8 @@ from fivefold.meters.money import Prices
 from fivefold.model import Blueprint, Model
 from fivefold.quantity import Quantity
 
+GREEDY = Sampling()
+
 
 @dataclass(frozen=True)
 class Request:
@@ -44,7 +46,7 @@ class FakeSession:
     vocab: int = 32
     calls: list[str] = field(default_factory=list)
 
-    def generate(self, prompt: list[int], max_tokens: int, sampling: Sampling = Sampling()) -> Iterator[int]:
+    def generate(self, prompt: list[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         self.calls.append("generate")
         assert not sampling.stop, "answers must have full length"
         self.clock.now += self.per_prompt * len(prompt)

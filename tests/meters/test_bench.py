@@ -75,7 +75,9 @@ def test_the_context_lets_a_reader_repeat_it(model: Model, machine: Machine, pri
     assert Measurement.from_json(m.to_json()).to_json() == m.to_json()
 
 
-def test_a_batch_has_its_own_throughput_and_energy(model: Model, machine: Machine, prices: Prices, clock: Clock) -> None:
+def test_a_batch_has_its_own_throughput_and_energy(
+    model: Model, machine: Machine, prices: Prices, clock: Clock
+) -> None:
     traffic = replace(TRAFFIC, batch=2)
     b = bench(model, machine, prices, clock, traffic)
     m = b.finish([b.round()])

@@ -7,7 +7,16 @@ import pytest
 
 from fivefold.machine import Machine
 from fivefold.meters.compute import (
-    Timing, count_flops, flops, gemm_dtype, mbu, mfu, percentiles, pooled, prefill_flops, time_request,
+    Timing,
+    count_flops,
+    flops,
+    gemm_dtype,
+    mbu,
+    mfu,
+    percentiles,
+    pooled,
+    prefill_flops,
+    time_request,
 )
 from fivefold.model import Blueprint, Model, RunPlan, blueprint_of
 from fivefold.quantity import Quantity

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.machine import Machine
-from fivefold.meters.ledger import Cost, metered, payback, paybacks
+from fivefold.meters.ledger import Cost, metered, payback, paybacks, saving
 from fivefold.meters.money import Prices
 from fivefold.quantity import Measurement, Quantity
 
@@ -56,7 +56,7 @@ def test_the_window_meters_the_work(tmp_path: Path, machine: Machine, prices: Pr
             _ = window.cost
         del block
     cost = window.cost
-    assert 0 < cost.cpu_seconds.value and cost.seconds.value > 0
+    assert cost.cpu_seconds.value > 0 and cost.seconds.value > 0
     assert cost.memory.value > 64 << 20
     if cost.energy.method == "modelled":
         idle, active = 0.33, 2.14
@@ -65,3 +65,9 @@ def test_the_window_meters_the_work(tmp_path: Path, machine: Machine, prices: Pr
     usd = cost.seconds.value * 0.001 + cost.energy.value * 1e-7
     assert cost.money.value == pytest.approx(usd)
     assert cost.disk.value >= 0
+
+
+def test_a_saving_has_the_widest_interval_the_two_allow() -> None:
+    s = saving(q(10, "J", 8, 13), q(4, "J", 3, 6), scale=2.0)
+    assert (s.value, s.low, s.high) == (12, 4, 20)
+    assert saving(Quantity.missing("J", "gone"), q(1)).reason == "gone"

@@ -27,6 +27,17 @@ def test_the_peak_of_a_window_is_seen_after_it_is_gone_and_forgotten_by_the_next
     assert first.peak.method == "measured" and first.gpu_peak.value is None
 
 
+def test_an_outer_window_keeps_the_peak_that_an_inner_one_resets() -> None:
+    before = psutil.Process().memory_info().rss
+    with PeakMemory() as outer:
+        block()
+        with PeakMemory() as inner:
+            pass
+    assert outer.peak.value >= before + 90 * MB
+    assert inner.peak.value <= outer.peak.value - 80 * MB
+    assert not PeakMemory._open
+
+
 def test_sampling_where_the_mark_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
     before = psutil.Process().memory_info().rss

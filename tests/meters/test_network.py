@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from fivefold.meters.network import (
-    BYTES_PER_TOKEN, CollectiveBytes, folder_bytes, request_bytes, ship_bytes, workload_bytes,
+    BYTES_PER_TOKEN,
+    CollectiveBytes,
+    folder_bytes,
+    request_bytes,
+    ship_bytes,
+    workload_bytes,
 )
 from fivefold.model import Model
 

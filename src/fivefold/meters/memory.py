@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import psutil
 
@@ -28,18 +28,28 @@ _CACHE_BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q5_1": 24
 
 
 class PeakMemory:
-    """A window over this process: `with PeakMemory() as window: ...`, then `window.peak` and `window.gpu_peak`."""
+    """A window over this process: `with PeakMemory() as window: ...`, then `window.peak` and `window.gpu_peak`.
+
+    Windows may be nested: the mark an inner one resets is first noted by the outer ones.
+    """
+
+    _open: ClassVar[list[PeakMemory]] = []
 
     def __init__(self) -> None:
         self.peak = Quantity.missing("byte", "the window is still open")
         self.gpu_peak = Quantity.missing("byte", "the window is still open")
-        self._sampled = 0
+        self._sampled = self._noted = 0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        before = _high_water() or 0
         self._reset = _reset_high_water()
-        if not self._reset:
+        if self._reset:
+            for outer in self._open:
+                outer._noted = max(outer._noted, before)
+            self._open.append(self)
+        else:
             self._sampled = psutil.Process().memory_info().rss
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
@@ -59,7 +69,8 @@ class PeakMemory:
             self.peak = Quantity(value=self._sampled, unit="byte", method="measured",
                                  reason=f"largest of samples every {SAMPLE_SECONDS:g} s")
         else:
-            self.peak = Quantity(value=_high_water(), unit="byte", method="measured")
+            self._open.remove(self)
+            self.peak = Quantity(value=max(self._noted, _high_water() or 0), unit="byte", method="measured")
         torch = _torch_with_cuda()
         self.gpu_peak = (
             Quantity.missing("byte", "no accelerator was used") if torch is None
