@@ -18,8 +18,8 @@ def test_payback_is_cost_over_saving() -> None:
 
 
 def test_what_saves_nothing_is_never_repaid() -> None:
-    for saving in (0.0, -1.0):
-        assert payback(q(1), q(saving)).value is None
+    for saved in (0.0, -1.0):
+        assert payback(q(1), q(saved)).value is None
     assert "never" in payback(q(1), q(-1)).reason
     assert payback(Quantity.missing("J", "no counter"), q(1)).reason == "no counter"
     unsure = payback(q(10), q(1, "J/token", -1, 3))

@@ -82,7 +82,11 @@ class Bench:
         energy.intensity(country)  # an unknown country is refused before the work
         self._memory = memory.PeakMemory()
         self._memory.__enter__()
-        self._session = session or open_session(model)
+        try:
+            self._session = session or open_session(model)
+        except BaseException:
+            self._memory.close()
+            raise
         self._answers: list[list[int]] = []
 
     def warm_up(self) -> None:

@@ -2,9 +2,8 @@
 
 Peak resident memory is the kernel's own high-water mark (VmHWM), so no spike between samples is missed. It is a mark
 of the process's whole life: the window resets it by writing 5 to /proc/self/clear_refs. (`ru_maxrss` is no
-substitute on Linux: a child inherits its parent's mark through fork and exec.) Where the mark cannot be reset, the
-window samples instead, and says so; elsewhere a fresh process makes the life-long mark right. Pages of a
-memory-mapped weight file count as soon as they are touched.
+substitute: on Linux a child inherits its parent's mark through fork and exec.) Where the mark cannot be reset, the
+window samples instead, and says so. Pages of a memory-mapped weight file count as soon as they are touched.
 
 `bytes per token` of the cache is 2 (keys and values) x layers x kv heads x head dim x bytes per element.
 """
@@ -43,7 +42,7 @@ class PeakMemory:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        before = _high_water() or 0
+        before = _high_water()
         self._reset = _reset_high_water()
         if self._reset:
             for outer in self._open:
@@ -62,15 +61,18 @@ class PeakMemory:
         self.close()
 
     def close(self) -> None:
+        """End the window; a second call changes nothing."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
         if self._thread:
-            self._closed.set()
             self._thread.join()
             self._sampled = max(self._sampled, psutil.Process().memory_info().rss)
             self.peak = Quantity(value=self._sampled, unit="byte", method="measured",
                                  reason=f"largest of samples every {SAMPLE_SECONDS:g} s")
         else:
             self._open.remove(self)
-            self.peak = Quantity(value=max(self._noted, _high_water() or 0), unit="byte", method="measured")
+            self.peak = Quantity(value=max(self._noted, _high_water()), unit="byte", method="measured")
         torch = _torch_with_cuda()
         self.gpu_peak = (
             Quantity.missing("byte", "no accelerator was used") if torch is None
@@ -106,19 +108,13 @@ def cache_bytes(model: Model, described: dict[str, Any]) -> Quantity:
     return Quantity(value=value, unit="byte/token", method="counted", reason="by formula from the blueprint")
 
 
-def _high_water() -> int | None:
-    """The process's peak resident bytes so far."""
+def _high_water() -> int:
+    """The process's peak resident bytes since the last reset, where the kernel tells (Linux); else 0."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    for line in status.read_text().splitlines() if status.is_file() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _reset_high_water() -> bool:
@@ -126,7 +122,7 @@ def _reset_high_water() -> bool:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return True
+    return _high_water() > 0
 
 
 def _torch_with_cuda() -> Any | None:
