@@ -125,7 +125,7 @@ def rewritten(
 ) -> Model:
     """A model whose weights are `tensors` (torch, numpy or stored), in a new folder with the small files of the old."""
     folder = write_safetensors_folder(workspace(model, technique), tensors, like=model.path, config=config)
-    return model.but(path=folder, blueprint=blueprint_of(read_config(folder)))
+    return model.but(path=folder, blueprint=blueprint_of(read_config(folder)), origin=model.parent)
 
 
 def stored_tensors(model: Model) -> dict[str, StoredTensor]:

@@ -1,0 +1,269 @@
+"""Mixed precision against a plain solver and the standard types, in llama.cpp, at equal bytes.
+
+    python benchmarks/quantization.py [--sizes 80,92,98,102,112,125] [--windows 4] [--standard]
+
+Every file is SmolLM2-135M (the off-grid parent) and is run by llama.cpp on the same evaluation text: encyclopedia leads
+that no calibration reads, in windows of 512 tokens. KL and agreement are against the parent in F32 in the same engine.
+
+The plain solver is what a careful person writes in an afternoon: each tensor alone set to IQ4_NL and to Q5_0, KL
+measured in torch on 384 calibration tokens, costs added up, the other types by their squared error, one Lagrange
+multiplier over {IQ4_NL, Q5_0, Q5_1, Q8_0}, no importance matrix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fivefold import bundled
+from fivefold.engines import open_session
+from fivefold.engines._quantize import dequantize, quantize
+from fivefold.export import export
+from fivefold.export.gguf_ import exported_tensors
+from fivefold.files import atomic_file
+from fivefold.model import ExportPlan, Model
+from fivefold.paths import cache_dir
+from fivefold.recipe import Recipe
+from fivefold.techniques._shared import calibration, gguf_types
+
+WINDOW = 512
+PLAIN = ("iq4_nl", "q5_0", "q5_1", "q8_0")
+STANDARD = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+Array = NDArray[Any]
+
+
+def evaluation_tokens(model: Model, windows: int) -> Array:
+    """(windows, 512) tokens of leads that are not set aside for calibration, spread over the collection."""
+    from tokenizers import Tokenizer
+
+    leads = json.loads(bundled.fetch("encyclopedia").read_text(encoding="utf-8"))
+    unseen = [lead["extract"] for title, lead in sorted(leads.items()) if not calibration.set_aside(title)]
+    text = "\n\n".join(unseen[:: max(1, len(unseen) // (40 * windows))])
+    ids = Tokenizer.from_file(str(model.tokenizer_file)).encode(text, add_special_tokens=False).ids
+    return np.array(ids[: windows * WINDOW], np.int64).reshape(windows, WINDOW)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    megabytes: float
+    kl: float
+    agreement: float
+    loss: float
+    decode: float | None = None
+    note: str = ""
+
+
+class Judge:
+    """KL, agreement and loss of files against the parent's answers, which are kept in half precision."""
+
+    def __init__(self, parent: Model, windows: int, work: Path) -> None:
+        self.tokens = evaluation_tokens(parent, windows)
+        sums = hashlib.sha256(self.tokens.tobytes() + str(parent.path.name).encode()).hexdigest()[:16]
+        self.file = cache_dir() / "benchmarks" / f"parent-{sums}.npy"
+        if not self.file.is_file():
+            plain = parent.but(export=ExportPlan(format="gguf", default="f32"))
+            answers = self.answers(export(plain, work / "parent"))
+            atomic_file(self.file, lambda out: np.save(out, np.stack(list(answers)).astype(np.float16)))
+        self.parent = np.load(self.file, mmap_mode="r")
+
+    def answers(self, model: Model) -> Iterable[Array]:
+        session = open_session(model.but(run=replace(model.run, threads=2)))
+        try:
+            for window in self.tokens:
+                yield session.score(window.tolist())
+        finally:
+            session.close()
+
+    def row(self, name: str, model: Model, *, speed: bool = False, note: str = "") -> Row:
+        kl, same, loss = [], [], []
+        for window, ours, theirs in zip(self.tokens, self.answers(model), self.parent, strict=True):
+            reference = theirs.astype(np.float32)
+            kl.append((np.exp(reference) * (reference - ours)).sum(1))
+            same.append(ours.argmax(1) == reference.argmax(1))
+            loss.append(-ours[np.arange(WINDOW - 1), window[1:]])
+        return Row(
+            name=name, megabytes=model.path.stat().st_size / 1e6, kl=float(np.mean(kl)), note=note,
+            agreement=float(np.mean(same)), loss=float(np.mean(loss)), decode=decode_speed(model) if speed else None,
+        )
+
+
+def decode_speed(model: Model, tokens: int = 64, rounds: int = 3) -> float:
+    """Median tokens per second of greedy decoding after a prompt of 128."""
+    session = open_session(model.but(run=replace(model.run, threads=2)))
+    speeds = []
+    try:
+        for _ in range(rounds):
+            stream = iter(session.generate(list(range(1000, 1128)), tokens))
+            next(stream)
+            start = time.perf_counter()
+            count = sum(1 for _ in stream)
+            speeds.append(count / (time.perf_counter() - start))
+    finally:
+        session.close()
+    return float(np.median(speeds))
+
+
+def plain_damage(parent: Model) -> dict[str, dict[str, float]]:
+    """Exported name -> type -> KL of that tensor alone, as the module says; kept in the cache."""
+    file = cache_dir() / "benchmarks" / f"plain-{parent.path.name}.json"
+    if not file.is_file():
+        found = _measure_plain(parent)
+        atomic_file(file, lambda out: out.write(json.dumps(found).encode()))
+    return dict(json.loads(file.read_text()))
+
+
+def _measure_plain(parent: Model) -> dict[str, dict[str, float]]:
+    import torch
+
+    from fivefold.techniques._shared.modules import load_module
+
+    module = load_module(parent, torch.float32)
+    tokens = torch.as_tensor(calibration.windows(parent, 3, 128))
+    kept: dict[int, Any] = {}
+    answers = _from_layer(module, tokens, 0, None, kept)
+    names = gguf_types.exported_names(parent)
+    damage: dict[str, dict[str, float]] = {}
+    for name, parameter in module.named_parameters():
+        if name not in names:
+            continue
+        original = parameter.data.clone()
+        matrix = original.numpy()
+        errors, measured = {}, {}
+        for kind in PLAIN:
+            rounded = dequantize(quantize(matrix, kind), kind, matrix.shape)
+            errors[kind] = float(np.square(rounded - matrix).sum())
+            if kind in ("iq4_nl", "q5_0"):
+                parameter.data = torch.from_numpy(rounded)
+                layer = int(name.split(".")[2]) if ".layers." in name else 0
+                start = kept[layer] if ".layers." in name else None
+                logp = _from_layer(module, tokens, layer, start, {})
+                measured[kind] = float((answers.exp() * (answers - logp)).sum(-1).mean())
+                parameter.data = original
+        for kind in ("q5_1", "q8_0"):
+            measured[kind] = measured["q5_0"] * errors[kind] / errors["q5_0"]
+        damage[names[name]] = measured
+    return damage
+
+
+def _from_layer(module: Any, tokens: Any, layer: int, hidden: Any, kept: dict[int, Any]) -> Any:
+    """Log-probabilities, running from `layer` on the hidden states that enter it; `kept` receives those of each."""
+    import torch
+
+    with torch.inference_mode():
+        if hidden is None:
+            hidden = module.model.embed_tokens(tokens)
+        places = torch.arange(tokens.shape[1])[None]
+        rotation = module.model.rotary_emb(hidden, places)
+        for number in range(layer, len(module.model.layers)):
+            kept[number] = hidden
+            out = module.model.layers[number](hidden, position_embeddings=rotation, attention_mask=None)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return torch.log_softmax(module.lm_head(module.model.norm(hidden)), -1)
+
+
+def plain_choice(
+    damage: dict[str, dict[str, float]], shapes: dict[str, tuple[int, int]], budget: float
+) -> dict[str, str]:
+    """Least damage + multiplier x bytes per tensor, the multiplier bisected until the bytes fit `budget`."""
+    size = {n: {k: r * c * gguf_types.bits(k) / 8 for k in PLAIN} for n, (r, c) in shapes.items()}
+
+    def chosen(multiplier: float) -> dict[str, str]:
+        return {n: min(PLAIN, key=lambda k: damage[n][k] + multiplier * size[n][k]) for n in shapes}
+
+    low, high = 1e-16, 1e-2
+    for _ in range(80):
+        middle = (low * high) ** 0.5
+        if sum(size[n][k] for n, k in chosen(middle).items()) > budget:
+            low = middle
+        else:
+            high = middle
+    return chosen(high)
+
+
+def overhead(parent: Model, work: Path) -> float:
+    """Bytes of a file that are not matrices."""
+    file = export(parent.but(export=ExportPlan(format="gguf", default="q4_0")), work / "overhead").path
+    return file.stat().st_size - sum(r * c for r, c in gguf_types.matrices(parent).values()) * 4.5 / 8
+
+
+def plain_file(parent: Model, megabytes: float, work: Path, extra: float) -> Model:
+    shapes = gguf_types.matrices(parent)
+    types = plain_choice(plain_damage(parent), shapes, megabytes * 1e6 - extra)
+    return export(parent.but(export=ExportPlan(format="gguf", default="q8_0", types=types)), work / f"plain-{megabytes}")
+
+
+def our_file(parent: Model, megabytes: float, rounding: str, work: Path, extra: float) -> Model:
+    weights = sum(r * c for r, c in gguf_types.matrices(parent).values())
+    bits = (megabytes * 1e6 - extra) * 8 / weights
+    recipe = Recipe.parse(f'mixed_precision(bits={bits:.5f}, rounding="{rounding}")')
+    folder = work / f"{rounding}-{megabytes}"
+    return export(recipe.apply(parent.but(work=folder / "work")), folder)
+
+
+def table(rows: Sequence[Row], reference: Callable[[Row], Row | None]) -> str:
+    lines = ["| file | MB | KL | ratio to the plain solver | agreement | log-loss | decode tok/s |", "|---|" + "---|" * 6]
+    for row in rows:
+        against = reference(row)
+        ratio = f"{row.kl / against.kl:.2f}" if against else ""
+        speed = f"{row.decode:.0f}" if row.decode else ""
+        lines.append(f"| {row.name} | {row.megabytes:.1f} | {row.kl:.4f} | {ratio} | {row.agreement:.3f} |"
+                     f" {row.loss:.4f} | {speed} |")
+    return "\n".join(lines)
+
+
+def machine_line() -> str:
+    import os
+
+    return f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--sizes", default="80,92,98,102,112,125")
+    options.add_argument("--windows", type=int, default=4, help="evaluation windows of 512 tokens")
+    options.add_argument("--standard", action="store_true", help="measure the standard types too")
+    options.add_argument("--speed", action="store_true", help="measure decoding speed too")
+    given = options.parse_args()
+    parent = bundled.load("smollm2-135m")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        judge, extra = Judge(parent, given.windows, work), overhead(parent, work)
+
+        def add(name: str, model: Model) -> None:
+            rows.append(judge.row(name, model, speed=given.speed))
+            print(rows[-1], flush=True)
+            model.path.unlink()
+
+        for kind in STANDARD if given.standard else ():
+            plan = ExportPlan(format="gguf", default=kind)
+            add(kind, export(parent.but(export=plan), work / kind))
+        for size in map(float, given.sizes.split(",")):
+            add(f"plain solver {size:g}", plain_file(parent, size, work, extra))
+            for rounding in ("nearest", "feedback"):
+                add(f"mixed_precision {rounding} {size:g}", our_file(parent, size, rounding, work, extra))
+    plain = {row.name.split()[-1]: row for row in rows if row.name.startswith("plain")}
+    text = table(rows, lambda row: plain.get(row.name.split()[-1]) if row.name.startswith("mixed") else None)
+    title = (f"## Mixed precision at equal bytes\n\nSmolLM2-135M off-grid parent, llama.cpp, {given.windows * WINDOW}"
+             f" evaluation tokens, {machine_line()}. `python benchmarks/quantization.py`\n\n")
+    DOCS.mkdir(parents=True, exist_ok=True)
+    (DOCS / "quantization.md").write_text(title + text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

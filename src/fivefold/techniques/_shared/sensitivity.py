@@ -1,0 +1,137 @@
+"""How much a rounded matrix will hurt the model's answers, for every matrix from one set of backward passes.
+
+To second order, the KL divergence between a model and its copy with weights W + D is 1/2 E[(g . D)^2], where g is the
+gradient of log p(y) for labels y drawn from the model itself (the Fisher information). For a linear layer a token with
+input x and output gradient b has g = b x^T, and rounding errors of different rows are unrelated, so
+
+    KL  ~=  1/2  sum_r  s_r  D_r H D_r^T,    H = E[|b|^2 x x^T],    s_r = E[b_r^2] / E[|b|^2]
+
+H weighs every token by how much the answer hangs on that layer there, which a plain mean of x x^T does not; s_r does the
+same for rows. A matrix is thus described by one (columns x columns) matrix and one vector, and the damage of every
+storage type follows without running the model again. A looked-up embedding has x = a unit vector: its damage is
+1/2 sum_v f_v sum_j G_j D_vj^2 with f the frequency of token v and G_j = E[b_j^2]; a tied embedding suffers both.
+
+On SmolLM2-135M the prediction and the directly measured KL of single matrices correlate at 0.98 in their logarithms
+(34 cases from q3_k to q5_0, spearman 0.97); single cases are off by up to a factor of two. It needs float32 room for H:
+columns^2 per matrix. The sum over matrices assumes that damages add, which holds while each is small.
+
+Sources: Kronecker-factored curvature (Martens, Grosse, arXiv 1503.05671); the sampled-label Fisher (Kunstner et al.,
+arXiv 1905.12558).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fivefold.model import Model, read_config
+from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names
+from fivefold.techniques._shared.modules import is_linear, stored_name
+
+if TYPE_CHECKING:
+    import torch
+
+Tokens = NDArray[np.int64]
+HEAD = "head"
+
+
+@dataclass(kw_only=True)
+class Curvature:
+    """`inputs` is H (columns, columns); `rows` is s, summing to 1. The lookup part is None but for embeddings."""
+
+    inputs: torch.Tensor
+    rows: torch.Tensor
+    lookup_columns: torch.Tensor | None = None
+    lookup_rows: torch.Tensor | None = None
+
+    def damage(self, error: torch.Tensor) -> float:
+        """Predicted KL, nats per token, of adding `error` (rows, columns) to the matrix."""
+        total = float(self.rows @ ((error @ self.inputs) * error).sum(1))
+        if self.lookup_rows is not None:
+            total += float(self.lookup_rows @ (error.square() @ self.lookup_columns))
+        return total / 2
+
+    def hessian(self) -> torch.Tensor:
+        """What all rows share: the (columns, columns) weight of an error, averaged over rows."""
+        if self.lookup_rows is None:
+            return self.inputs
+        import torch
+
+        return self.inputs * self.rows.sum() + torch.diag(self.lookup_columns * self.lookup_rows.sum())
+
+
+def curvatures(model: Model, module: Any, tokens: Tokens, seed: int = 0) -> dict[str, Curvature]:
+    """Exported tensor name -> Curvature for every linear layer, the head and the embedding.
+
+    `tokens` is (windows, length). One forward and backward pass each.
+    """
+    import torch
+
+    sums, gradient = _collect(module, tokens, seed)
+    names = exported_names(model)
+    head = EMBEDDING if model.blueprint.tied else "output.weight"
+    found = {}
+    for name, (inputs, rows) in sums.items():
+        exported = head if name == HEAD else names[stored_name(module, names, f"{name}.weight")]
+        shares = rows / rows.sum().clamp_min(1e-30)
+        found[exported] = Curvature(inputs=inputs / tokens.size, rows=shares[row_order(model, exported, len(rows))])
+    vocab, width = module.get_input_embeddings().weight.shape
+    if EMBEDDING not in found:
+        found[EMBEDDING] = Curvature(inputs=torch.zeros(width, width), rows=torch.zeros(vocab))
+    found[EMBEDDING].lookup_columns = gradient / tokens.size
+    found[EMBEDDING].lookup_rows = torch.bincount(torch.as_tensor(tokens).reshape(-1), minlength=vocab) / tokens.size
+    return found
+
+
+def _collect(module: Any, tokens: Tokens, seed: int) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor]:
+    """Module name -> [sum of |b|^2 x x^T, sum of b^2], the head under HEAD; and the embedding's sum of b^2."""
+    import torch
+
+    sums: dict[str, list[torch.Tensor]] = {}
+    draw = torch.Generator().manual_seed(seed)
+
+    def add(name: str, x: torch.Tensor, b: torch.Tensor) -> None:
+        x, squares = x.reshape(-1, x.shape[-1]).float(), b.reshape(-1, b.shape[-1]).float().square()
+        kept = sums.setdefault(name, [torch.zeros(x.shape[1], x.shape[1]), torch.zeros(squares.shape[1])])
+        kept[0].addmm_(x.T * squares.sum(1), x)
+        kept[1] += squares.sum(0)
+
+    def hook(name: str) -> Any:
+        def forward(_: Any, args: Any, out: torch.Tensor) -> None:
+            x = args[0].detach()
+            out.register_hook(lambda b: add(name, x, b))
+
+        return forward
+
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    handles = [part.register_forward_hook(hook(HEAD if part is head else name))
+               for name, part in module.named_modules() if is_linear(part)]
+    gradient = torch.zeros(embedding.weight.shape[1])
+    try:
+        for row in tokens:
+            looked_up = embedding(torch.as_tensor(row)[None]).detach().requires_grad_(True)
+            logits = module(inputs_embeds=looked_up, use_cache=False).logits
+            logp = torch.log_softmax(logits[0].float(), -1)
+            drawn = torch.multinomial(logp.detach().exp(), 1, generator=draw)
+            logp.gather(1, drawn).sum().backward()
+            gradient += looked_up.grad[0].float().square().sum(0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sums, gradient
+
+
+def row_order(model: Model, exported: str, rows: int) -> torch.Tensor:
+    """The rows of the module's matrix in the order of the exported file (llama.cpp interleaves those of q and k)."""
+    import torch
+
+    from fivefold.export.families import family_of, permute
+
+    order = np.arange(rows)
+    part = exported.split(".")[2] if exported.startswith("blk.") else ""
+    if family_of(read_config(model.path)).permuted and part in ("attn_q", "attn_k"):
+        order = permute(order, model.blueprint.heads if part == "attn_q" else model.blueprint.kv_heads)
+    return torch.as_tensor(order)

@@ -1,0 +1,101 @@
+"""Every matrix its own storage type: bits go where a rounding error would change the answers most.
+
+Matrices differ a hundredfold in what a bit is worth. For each matrix and each type its rows can hold, the KL divergence
+from the unrounded model is predicted from one set of backward passes over calibration text (1/2 sum_r s_r D_r H D_r^T,
+see `_shared/sensitivity`), and an exact solver picks one type per matrix so that the sum is least at the wanted average
+of bits per weight. Bytes of the matrices = bits x weights / 8; the embedding counts.
+
+With `rounding="feedback"` the error of each block of columns is passed on to the columns not yet rounded, weighed by
+the same H (GPTQ with a loss-aware Hessian), which halves the damage of 4-bit types and costs a minute or two per 100 M
+weights; "nearest" rounds each block alone, weighed by H's diagonal.
+
+Lowers memory and network bytes at equal quality; decoding time follows the bytes, not the answers' quality. It does not
+help when one type suffices anyway (at 8 bits everything is nearly exact), or far below 4 bits, where damages no longer
+add and the prediction is too hopeful. Rows not a multiple of 256 wide have no type below 4.5 bits.
+
+Sources: HAWQ-V3 (Yao et al., arXiv 2011.10680) for the programme; GPTQ (arXiv 2210.17323); SqueezeLLM (arXiv
+2306.07629) for the Fisher weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from fivefold.errors import Misfit
+from fivefold.model import Model, Trait
+from fivefold.recipe import Technique
+from fivefold.space import Fixed, Range
+from fivefold.techniques._shared.gguf_types import bits as type_bits
+from fivefold.techniques._shared.gguf_types import fits, matrices
+
+WIDE = ("q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
+NARROW = ("iq4_nl", "q5_0", "q5_1", "q8_0")
+WINDOW = 256
+DAMP = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision(Technique):
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.UNFITTED})
+    breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH})
+    lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
+    may_raise = ("compute",)
+    perturbation = 4.0
+
+    bits: Annotated[float, Range(3.4, 8.5)] = 5.0
+    """Average bits per weight over all matrices, the embedding included."""
+    rounding: Literal["feedback", "nearest"] = "feedback"
+    """Whether later columns make up for the error of earlier ones."""
+    windows: Annotated[int, Range(1, 4096), Fixed()] = 32
+    """Calibration windows of 256 tokens."""
+
+    def check(self, model: Model) -> None:
+        shapes = matrices(model)
+        least = sum(rows * columns * min(map(type_bits, candidates(columns))) for rows, columns in shapes.values())
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        if least > self.bits * weights:
+            raise Misfit(
+                f"{self} does not fit: the rows of {model.name} cannot go below {least / weights:.2f} bits per weight"
+                f" on average; set bits to {least / weights + 0.01:.2f} or more"
+            )
+
+    def plan(self, model: Model) -> Model:
+        return model.but(export=replace(model.export, format="gguf", default="q8_0", embedding=None, types={}))
+
+    def apply(self, model: Model) -> Model:
+        from fivefold.techniques._shared.candidates import prepare
+        from fivefold.techniques._shared.modules import workspace
+        from fivefold.techniques._shared.solver import choose
+        from fivefold.weights import write_solved
+
+        shapes = matrices(model)
+        types = {name: candidates(columns) for name, (_, columns) in shapes.items()}
+        found = prepare(model, types, windows=self.windows, length=WINDOW, feedback=self.rounding == "feedback", damp=DAMP)
+        cost = {name: {kind: type_bits(kind) * shapes[name][0] * shapes[name][1] for kind in kinds}
+                for name, kinds in types.items()}
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        chosen = choose(found.damage, cost, self.bits * weights)
+        folder = write_solved(
+            workspace(model, "mixed_precision"), {name: (kind, found.packed(name, kind)) for name, kind in chosen.items()}
+        )
+        planned = self.plan(model)
+        spent = sum(cost[name][kind] for name, kind in chosen.items()) / weights
+        predicted = sum(found.damage[name][kind] for name, kind in chosen.items())
+        return planned.but(export=replace(planned.export, types=chosen, solved=folder)).covered(
+            f"mixed_precision: {len(chosen)} of {len(shapes)} matrices ({_counts(chosen)}), {spent:.2f} bits per weight,"
+            f" predicted KL {predicted:.4f}{found.note}"
+        )
+
+
+def candidates(columns: int) -> tuple[str, ...]:
+    """The types worth choosing among for rows of that width; f16 where not even 32 divides it."""
+    if columns % 256 == 0:
+        return WIDE
+    return NARROW if fits("q8_0", columns) else ("f16",)
+
+
+def _counts(chosen: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(chosen.values()).most_common())
