@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from fivefold.errors import DataError
-from fivefold.techniques._shared.calibration import set_aside, windows
+from fivefold.techniques._shared.calibration import leads_set_aside, windows
 from fivefold.techniques._shared.importance import importance_file
 from fivefold.techniques._shared.modules import load_module
 from fivefold.weights import check_safetensors
@@ -85,6 +87,15 @@ def test_short_text_is_refused_in_one_sentence(tiny):
         windows(model.but(calibration=model.path / "nowhere.txt"), 8)
 
 
-def test_a_tenth_is_set_aside():
-    share = sum(set_aside(f"title {i}") for i in range(10_000)) / 10_000
-    assert 0.08 < share < 0.12
+def test_the_bundled_text_is_the_calibration_split_of_the_tasks(tiny, monkeypatch, tmp_path):
+    from fivefold import bundled
+    from fivefold.tasks.text import documents
+
+    file = tmp_path / "leads.json"
+    file.write_text(json.dumps({f"{i}": {"title": f"title {i}", "extract": f"lead {i}. " * 30} for i in range(200)}))
+    monkeypatch.setattr(bundled, "fetch", lambda name: file)
+    leads = {f"title {i}": f"lead {i}. " * 30 for i in range(200)}
+    assert leads_set_aside(leads) == documents("encyclopedia", "calibration")
+    judged = {*documents("encyclopedia", "evaluation"), *documents("encyclopedia", "screen")}
+    assert len(judged) == 120 and not judged & set(leads_set_aside(leads))
+    assert windows(tiny().but(calibration=None), 4, 100).shape == (4, 100)
