@@ -176,8 +176,13 @@ class Artifact:
                 check_safetensors(file)
         return model
 
-    def write_copy(self, to: Path, *, card: Mapping[str, Any] | None = None, readme: str | None = None) -> Artifact:
+    def write_copy(
+        self, to: Path, *, card: Mapping[str, Any] | None = None, readme: str | None = None,
+        model: Model | None = None, recipe: str | None = None,
+    ) -> Artifact:
         """A complete copy in the new folder `to`, with its card, without paths of this machine.
+
+        `model` and `recipe` replace the artifact's own where run-time choices were added to them.
 
         Raises StoreError when this artifact was changed, or `to` exists or cannot be written.
         """
@@ -186,9 +191,9 @@ class Artifact:
             for name in self.manifest["files"]:
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.path / name, work / name)
-            model = replace(self.model(), path=work / self.manifest["model"]["path"], origin=None)
+            copied = replace(model or self.model(), path=work / self.manifest["model"]["path"], origin=None)
             made = Made(
-                model=model, recipe=self.recipe, seconds=float(self.manifest["seconds"]), facts=self.facts,
+                model=copied, recipe=recipe or self.recipe, seconds=float(self.manifest["seconds"]), facts=self.facts,
                 card=card if card is not None else self.card,
             )
             seal(work, made, self.key, readme)

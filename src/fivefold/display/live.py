@@ -51,8 +51,9 @@ class LiveStudy:
             case ev.Prepared(objectives=objectives, allowance=allowance):
                 first = next((o for o in objectives if METRICS[o].resource != "quality"), "latency")
                 self.axes, self.allowance = (first, "agreement"), allowance
-                from fivefold.display.study import plan
+                from fivefold.display.study import honesty, plan
 
+                honesty(event.machine, self.out)
                 plan(event.plan, self.out)
             case ev.Started(folder=folder, resumed=resumed):
                 if resumed:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from fivefold.study.trial import Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Before anything is spent: the machine, the plan (`plan.Plan`), and the allowance in seconds."""
+
+    machine: Any
+    plan: Any
+    objectives: tuple[str, ...]
+    allowance: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,5 +70,5 @@ class Ended:
     why: str
 
 
-Event = Started | TrialStarted | PhaseStarted | TrialFinished | FrontChanged | Spent | Ended
+Event = Prepared | Started | TrialStarted | PhaseStarted | TrialFinished | FrontChanged | Spent | Ended
 Watcher = Callable[[Event], None]

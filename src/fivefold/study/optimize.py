@@ -21,7 +21,7 @@ from fivefold.machine import Machine
 from fivefold.meters.money import Prices
 from fivefold.model import Model
 from fivefold.study.driver import WINDOW, Processes
-from fivefold.study.events import Watcher
+from fivefold.study.events import Prepared, Watcher
 from fivefold.study.pareto import Goal
 from fivefold.study.policy import DEFAULT_TRIALS, Policy
 from fivefold.study.predictor import Predictor
@@ -29,6 +29,8 @@ from fivefold.study.sampler import SearchSpace, make
 from fivefold.study.study import Study
 from fivefold.tokenizer import Tokenizer
 from fivefold.workload import Workload
+
+DEFAULTS = {"workload": "chat", "text": "encyclopedia", "country": "world"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,13 @@ def optimize(
         prices=Prices.load(), country=made.country, seed=made.seed, rounds=rounds, memory=memory,
         quota=None if disk is None else int(disk), **limits,
     )
-    return Study(out).run(made.policy, runner, made.settings, events)
+    if events is not None:
+        from fivefold.study.plan import plan_of
+
+        events(Prepared(made.machine, plan_of(made), made.goal.objectives, made.policy.allowance.time))
+    inputs = {name: str(choices[name]) for name in ("workload", "text", "country") if name in choices}
+    facts = {"name": model.name, "machine": made.machine.to_json(), "inputs": {**DEFAULTS, **inputs}}
+    return Study(out).run(made.policy, runner, made.settings, events, facts)
 
 
 def _windows(tokenizer: Tokenizer, text: str, split: str, tokens: int, context: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from fivefold.errors import Departure, StoreError, UserError
 from fivefold.model import Model
 from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe
-from fivefold.study.trial import Trial
+from fivefold.study.trial import Outcome, Trial
 
 ANSWERS = {"agreement": 0.005, "kl": 0.002, "loss": 0.002}
 """Absolute tolerances on quality: what a different order of summation may change."""
@@ -113,8 +113,45 @@ def departures(
     return rows
 
 
-def require_artifact(trial: Trial) -> str:
-    """The trial's artifact key. Raises UserError when the trial only changes how the parent is run."""
+def ship_trial(folder: Path, to: Path, *, budget: str = "", number: int | None = None) -> Shipped:
+    """Ship a trial of the study in `folder`: the one given, else the recommendation under `budget`.
+
+    Raises UserError for a trial without an artifact, Infeasible, StoreError, Departure.
+    """
+    from fivefold.artifact import Store
+    from fivefold.budget import Budget
+    from fivefold.model import load
+    from fivefold.study.study import Study
+    from fivefold.tokenizer import Tokenizer
+    from fivefold.workload import Workload
+
+    study = Study.open(folder)
+    trial = _chosen(study, number) if number is not None else study.pick(Budget.parse(budget) if budget else None)
     if trial.artifact is None:
-        raise UserError(f"trial {trial.number} ({trial.recipe}) makes no artifact: it is the parent itself; pick another")
-    return trial.artifact
+        raise UserError(f"trial {trial.number} ({trial.recipe}) has no artifact, it is the parent itself; pick another")
+    inputs = study.meta["inputs"]
+    with Store(folder / "artifacts").using(trial.artifact) as stored:
+        traffic = Workload.load(inputs["workload"], Tokenizer(load(stored.path).tokenizer_file))
+        return ship(
+            stored, trial, to, workload=traffic, quality=lambda model: _fidelity(model, folder),
+            country=inputs["country"], meta=study.meta.get("settings"),
+        )
+
+
+def _chosen(study: Any, number: int) -> Trial:
+    trial: Trial | None = next((t for t in study.trials if t.number == number), None)
+    if trial is None or trial.outcome is not Outcome.MEASURED:
+        measured = ", ".join(str(t.number) for t in study.trials if t.outcome is Outcome.MEASURED)
+        raise UserError(f"trial {number} was not measured, so it cannot be shipped; measured trials: {measured}")
+    return trial
+
+
+def _fidelity(model: Model, folder: Path) -> Measurement:
+    from fivefold.engines import open_session
+    from fivefold.tasks.fidelity import Reference, fidelity
+
+    session = open_session(model)
+    try:
+        return fidelity(session, Reference.load(folder / "reference-full.npz")).measurement
+    finally:
+        session.close()

@@ -97,14 +97,18 @@ class Study:
         return min(known)[2]
 
     def run(
-        self, policy: Policy, runner: Runner, settings: Mapping[str, str], events: ev.Watcher | None = None
+        self, policy: Policy, runner: Runner, settings: Mapping[str, str], events: ev.Watcher | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> Self:
         """Go on until the policy stops. Raises Busy; UserError when `settings` differ or the parent cannot be measured.
 
-        `settings` identify the study; the allowance is not among them, so more can be allowed later.
+        `settings` identify the study; the allowance is not among them, so more can be allowed later. `facts` are kept
+        for readers: "name", "machine", and "inputs" (workload, text and country by name).
         """
         with self.store.writing() as store:
             store.settle(settings)
+            for name, fact in (facts or {}).items():
+                store.set_meta(name, fact)
             store.set_meta("space", {"levels": policy.space.levels, "dropped": policy.space.dropped})
             _Run(self, policy, runner, events or _silent).loop()
         return self
