@@ -26,6 +26,7 @@ from typing import Any
 
 from fivefold.engines import default_engine
 from fivefold.machine import Machine
+from fivefold.meters.energy import PowerModel
 from fivefold.metrics import METRICS
 from fivefold.model import Blueprint, Model
 from fivefold.quantity import Measurement, Quantity
@@ -37,7 +38,6 @@ from fivefold.techniques._shared.gguf_types import bits
 _EFFICIENCY = {"f32": 0.55, "f16": 0.6, "bf16": 0.6, "q8_0": 0.34}
 _TORCH_EFFICIENCY, _OTHER_EFFICIENCY, _PREFILL_EFFICIENCY = 0.22, 0.3, 0.5
 _BASE_MEMORY = {"torch": 450e6}
-_WATTS = 20.0
 _USD_PER_SECOND = 1e-5
 PHASES = ("build", "screen", "measure", "quality", "overhead")
 RESOURCES = ("flops", "latency", "ttft", "request", "decode", "prefill", "memory", "size", "kv", "energy", "carbon",
@@ -87,7 +87,10 @@ class Predictor:
     def _outline(self, recipe: Recipe) -> Outline:
         model = recipe.plan(self.model)
         engine = planned_engine(model)
+        average = average_bits(recipe)
         storage = model.export.default if model.export.format == "gguf" else _DTYPE_TYPE[model.run.dtype]
+        if average is not None:
+            storage = f"{average:.0f} bits"
         cache = model.run.cache_type if engine != "torch" else _DTYPE_TYPE[model.run.dtype]
         return Outline(
             engine=engine, storage=storage, weight_bytes=self._weight_bytes(recipe, model), blueprint=model.blueprint,
@@ -99,10 +102,9 @@ class Predictor:
         """Bytes of the file the plan will write; of the file there is when nothing builds."""
         if not recipe.build.techniques:
             return _size_on_disk(self.model)
-        sizes: list[Any] = [getattr(t, "size", None) for t in recipe]
-        share = next((size for size in sizes if isinstance(size, float)), None)
-        if share is not None:
-            return share * _planned_bytes(planned.blueprint, "q8_0", None)
+        average = average_bits(recipe)
+        if average is not None:
+            return average * planned.blueprint.parameters / 8
         plan = planned.export
         if plan.format == "gguf":
             return _planned_bytes(planned.blueprint, plan.default, plan.embedding)
@@ -122,11 +124,12 @@ class Predictor:
         request = ttft + latency * max(1, self.output - 1)
         cache = o.blueprint.cache_bytes_per_token(o.cache_bytes)
         per_token = request / max(1, self.output)
+        watts = PowerModel.of(self.machine).joules(wall=1.0, cpu=share * cores, cores=cores).value or 0.0
         return {
             "flops": limits.flops_per_token, "latency": latency, "ttft": ttft, "request": request, "decode": decode,
             "prefill": prefill, "size": o.weight_bytes, "network": o.weight_bytes, "kv": cache,
             "memory": o.weight_bytes + cache * (self.prompt + self.output) + _BASE_MEMORY.get(o.engine, 90e6),
-            "energy": per_token * _WATTS, "carbon": per_token * _WATTS / 3.6e6 * 450 * 1e6,
+            "energy": per_token * watts, "carbon": per_token * watts / 3.6e6 * 450 * 1e6,
             "money": per_token * _USD_PER_SECOND * 1e6,
         }
 
@@ -240,6 +243,12 @@ def errors(history: Sequence[Trial]) -> dict[str, Quantity]:
 
 _UNPROVEN = {"size": 0.1, "network": 0.1, "kv": 0.05, "flops": 0.05, "memory": 0.3}
 _DTYPE_TYPE = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def average_bits(recipe: Recipe) -> float | None:
+    """Bits per weight of a recipe that spreads them over the matrices (a technique with a field `bits`)."""
+    given: list[Any] = [getattr(t, "bits", None) for t in recipe]
+    return next((b for b in given if isinstance(b, float)), None)
 
 
 def planned_engine(model: Model) -> str:

@@ -69,7 +69,7 @@ class SearchSpace:
     ) -> SearchSpace:
         """What can be searched on this model; each technique or value that cannot be is dropped with its sentence.
 
-        A value stays when it is accepted alone or beside one other technique (an engine beside the format it reads).
+        A value stays when it is accepted alone or beside one technique that builds (an engine beside its format).
         With `batch` 1 there is never a second request, so techniques that choose the batch are dropped.
         """
         found = dict(catalogue() if techniques is None else techniques)
@@ -193,28 +193,44 @@ def grid(dimension: Dimension) -> tuple[Any, ...]:
 
 
 def _accepted(name: str, space: SearchSpace) -> tuple[dict[str, tuple[Any, ...]], dict[str, str]]:
-    """Values of a technique accepted in some setting, alone or with one partner, and why the others are not."""
+    """Values of a technique that are accepted in some setting, and why each of the others is not.
+
+    What only says how the artifact runs is checked on the finished plan, so it may also be accepted beside a technique
+    that builds.
+    """
     levels = space.levels[name]
     good: dict[str, set[Any]] = {key: set() for key in levels}
-    why: dict[str, str] = {}
-    accepted = False
-    partners = [{other: space.default(other)} for other in space.levels if other != name]
+    why: dict[tuple[str, Any], str] = {}
+    sentence = ""
+    partners = list(_partners(name, space)) if catalogue()[name].runtime else []
     for setting in itertools.islice(space.variants(name), 4096):
-        if accepted and all(value in good[key] for key, value in setting.items()):
+        if setting and all(value in good[key] for key, value in setting.items()):
             continue
         one = {name: setting}
         objection = space.objection(one)
         if objection and all(space.objection({**one, **partner}) for partner in partners):
-            why[_spelled(one)] = objection
+            sentence = sentence or objection
+            for pair in setting.items():
+                why.setdefault(pair, objection)
             continue
-        accepted = True
+        if not setting:
+            return {}, {}
         for key, value in setting.items():
             good[key].add(value)
-    if not accepted:
-        return {}, {name: next(iter(why.values()))}
+    if not all(good.values()) or (sentence and not levels):
+        return {}, {name: sentence}
     kept = {key: tuple(v for v in values if v in good[key]) for key, values in levels.items()}
-    lost = {_spelled({name: {k: v}}) for k, values in levels.items() for v in values if v not in good[k]}
-    return kept, {spelled: text for spelled, text in why.items() if spelled in lost}
+    return kept, {_spelled({name: {k: v}}): text for (k, v), text in why.items() if v not in good[k]}
+
+
+def _partners(name: str, space: SearchSpace) -> Iterator[dict[str, dict[str, Any]]]:
+    """Each technique that builds, once per value of each of its fields."""
+    for other, fields in space.levels.items():
+        if other != name and not catalogue()[other].runtime:
+            yield {other: space.default(other)}
+            for key, values in fields.items():
+                for value in values:
+                    yield {other: {**space.default(other), key: value}}
 
 
 def _fit(parts: Mapping[str, Mapping[str, Any]]) -> bool:

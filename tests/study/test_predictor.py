@@ -1,0 +1,103 @@
+"""Physics by hand, evidence by the ratio of trials, objections in sentences."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from made_up import FFN, LAYERS, VOCAB, WIDTH, formula, machine, measured, trial
+
+from fivefold.budget import Budget
+from fivefold.model import Model
+from fivefold.recipe import Recipe
+from fivefold.study.pareto import Goal
+from fivefold.study.predictor import Predictor, errors
+from fivefold.study.trial import Outcome
+
+MATRICES = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * FFN)
+Q8, Q4 = Recipe.parse('gguf(type="q8_0")'), Recipe.parse('gguf(type="q4_0", embedding="q8_0")')
+
+
+@pytest.fixture
+def predictor(bare: Model) -> Predictor:
+    return Predictor(machine(), bare, prompt=100, output=50)
+
+
+def test_size_is_bits_times_weights(predictor: Predictor) -> None:
+    assert predictor.physics(Q8)["size"] == pytest.approx((MATRICES + VOCAB * WIDTH) * 8.5 / 8)
+    assert predictor.physics(Q4)["size"] == pytest.approx((MATRICES * 4.5 + VOCAB * WIDTH * 8.5) / 8)
+    parent = predictor.physics(Recipe())["size"]
+    assert parent == pytest.approx(predictor.model.path.joinpath("model.safetensors").stat().st_size)
+
+
+def test_latency_is_bytes_over_bandwidth(predictor: Predictor) -> None:
+    one, two = (predictor.physics(Recipe.parse(f'gguf(type="q8_0") + threads(count={n})')) for n in (1, 2))
+    assert one["latency"] == pytest.approx(2 * two["latency"])
+    size = predictor.physics(Q8)["size"] + predictor.model.blueprint.cache_bytes_per_token(2.0) * 126
+    assert two["latency"] == pytest.approx(size / 1e10 / 0.34)
+    assert two["request"] == pytest.approx(two["ttft"] + 49 * two["latency"])
+
+
+def test_evidence_of_the_same_engine_and_type_replaces_the_table(predictor: Predictor) -> None:
+    raw = predictor.physics(Q8)
+    history = [trial(0, str(Q8), latency=3 * raw["latency"])]
+    forecast = predictor.after(history)
+    assert forecast.predict(Q8).value("latency") == pytest.approx(3 * raw["latency"])
+    two = Recipe.parse('gguf(type="q8_0") + threads(count=1)')
+    assert forecast.predict(two).value("latency") == pytest.approx(3 * predictor.physics(two)["latency"])
+    assert predictor.after([]).predict(Q8)["latency"].reason == "not calibrated by a trial yet"
+    assert all(q.method == "modelled" for q in forecast.predict(Q8).values())
+
+
+def test_trials_that_were_not_measured_teach_no_speed(predictor: Predictor) -> None:
+    history = [trial(0, str(Q8), Outcome.SCREENED, latency=1.0)]
+    assert predictor.after(history).predict(Q8).value("latency") == pytest.approx(predictor.physics(Q8)["latency"])
+
+
+def test_errors_judge_the_stored_prediction(predictor: Predictor) -> None:
+    trials = [trial(i, str(Q8), latency=1.0).but(predicted=measured({"latency": g})) for i, g in enumerate((1.1, 0.7, 1.5))]
+    found = errors(trials)["latency"]
+    assert found.value == pytest.approx(0.3) and found.n == 3
+    assert errors([trial(0, "parent", latency=1.0).but(predicted=measured({"latency": 5.0}))]) == {}
+
+
+def test_objections_name_the_limit(predictor: Predictor) -> None:
+    parent = formula("parent")
+    forecast = predictor.after([])
+    size = predictor.physics(Recipe())["size"]
+
+    def said(recipe: Recipe, budget: str, objectives: tuple[str, ...] = ("latency",)) -> str | None:
+        goal = Goal(objectives, Budget.parse(budget))
+        return forecast.objection(recipe, forecast.predict(recipe), goal, {**parent, "size": size, "request": 1.0})
+
+    assert said(Q8, "size<=0.5x") is None
+    assert "size<=0.2x" in (said(Q8, "size<=0.2x") or "")
+    assert said(Q8, "agreement>=0.99") is None, "quality is not predicted, so it is no reason"
+    assert said(Q8, "size<=0.26x") is None, "within the margin the study decides, not the model"
+
+
+def test_slower_than_the_parent_is_an_objection_when_time_matters(predictor: Predictor) -> None:
+    raw = predictor.physics(Q8)["request"]
+    history = [trial(0, "parent", request=raw / 4), *(
+        trial(i, str(Q8), request=raw).but(predicted=measured({"request": raw})) for i in (1, 2)
+    )]
+    forecast = predictor.after(history)
+    predicted = forecast.predict(Q8)
+    assert "times as long" in (forecast.objection(Q8, predicted, Goal(("energy",)), {"request": raw / 4}) or "")
+    assert forecast.objection(Q8, predicted, Goal(("size",)), {"request": raw / 4}) is None
+    assert forecast.objection(Q8, predicted, Goal(("energy",)), {"request": raw}) is None
+
+
+def test_seconds_count_no_prefix_twice(predictor: Predictor) -> None:
+    built = trial(1, 'prune_depth(layers=1) + gguf(type="q8_0")').but(
+        artifact="k", spent={"step.prune_depth": 7.0, "step.gguf": 3.0, "step.export": 2.0, "measure": 4.0, "quality": 1.0}
+    )
+    forecast = predictor.after([trial(0, "parent", latency=1.0), built])
+    seconds = {
+        text: forecast.seconds(Recipe.parse(text))["build"] for text in (
+            'prune_depth(layers=1) + gguf(type="q8_0") + threads(count=1)',
+            'prune_depth(layers=1) + gguf(type="q4_0")', 'prune_depth(layers=2) + gguf(type="q4_0")', "threads(count=1)",
+        )
+    }
+    assert list(seconds.values()) == [0.0, 5.0, 12.0, 0.0]
+    assert math.isfinite(sum(predictor.after([]).seconds(Q8).values()))
