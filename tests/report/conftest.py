@@ -27,7 +27,7 @@ def numbers(bits: float, threads: int) -> Measurement:
         "size": q(size, "byte", "counted"), "network": q(size, "byte", "counted"),
         "memory": q(size * 1.1 + 9e7, "byte", spread=0.01, n=5), "latency": q(latency, "s/token", spread=0.04, n=9),
         "ttft": q(0.21 + bits / 100, "s", spread=0.05, n=9), "decode": q(1 / latency, "token/s", spread=0.04, n=9),
-        "prefill": q(600 - 20 * bits, "token/s", spread=0.03, n=9),
+        "prefill": q(600 - 10 * bits, "token/s", spread=0.03, n=9),
         "mbu": q(size / latency / 33e9, "fraction", spread=0.04, n=9),
         "mfu": q(0.4 + bits / 100, "fraction", spread=0.03, n=9),
         "energy": q(latency * 30, "J/token", "modelled", 0.4, 9, "watts per core of a synthetic processor"),

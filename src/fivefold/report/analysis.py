@@ -34,6 +34,7 @@ LISTS: dict[str, tuple[str, ...]] = {
     "payback": ("number", "resource"),
 }
 """Part -> the keys an entry cannot do without."""
+SHAPE = "the analysis holds {} in a shape this report does not read"
 
 
 def entries(analysis: Mapping[str, Any], part: str) -> tuple[list[Mapping[str, Any]], str]:
@@ -44,7 +45,7 @@ def entries(analysis: Mapping[str, Any], part: str) -> tuple[list[Mapping[str, A
         if sound:
             return sound, ""
         if given:
-            return [], f"the analysis holds {part} in a shape this report does not read"
+            return [], SHAPE.format(part)
     return [], _reason(analysis, part)
 
 

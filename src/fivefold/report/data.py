@@ -25,7 +25,7 @@ PHASES = ("build", "screen", "measure", "quality", "overhead")
 AXES = {
     "compute": ("latency", "request", "ttft", "decode"), "memory": ("memory", "gpu_memory", "size"),
     "energy": ("energy", "carbon"), "money": ("money",), "network": ("network", "request_bytes"),
-    "quality": ("kl", "agreement", "loss", "perplexity", "accuracy"),
+    "quality": ("agreement", "kl", "loss", "perplexity", "accuracy"),
 }
 """The metric that stands for a resource in the parallel coordinates: the first that was measured."""
 
@@ -48,7 +48,7 @@ def number(value: float) -> str:
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e7):
         text = f"{value:.2e}"
     else:
-        digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+        digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))) if value else 0
         text = f"{value:,.{max(0, digits)}f}"
     return text.replace("-", "−")
 
@@ -141,9 +141,9 @@ def machine(facts: Mapping[str, Any]) -> list[list[str]]:
     rows = [["processor", f"{facts['cpu']}, {facts.get('cores', '?')} cores"]] if facts.get("cpu") else []
     if facts.get("isa"):
         rows.append(["instructions", " ".join(map(str, facts["isa"]))])
-    if isinstance(facts.get("ram"), int | float):
-        factor, unit = scale(facts["ram"], "byte")
-        rows.append(["memory", f"{number(facts['ram'] / factor)} {unit}"])
+    if (ram := _finite(facts.get("ram"))) is not None:
+        factor, unit = scale(ram, "byte")
+        rows.append(["memory", f"{number(ram / factor)} {unit}"])
     if facts.get("gpus"):
         rows.append(["accelerator", ", ".join(map(str, facts["gpus"]))])
     rows += [[key, str(facts[key])] for key in ("os", "date") if facts.get(key)]
@@ -224,11 +224,9 @@ def _value(key: str, value: Any) -> Any:
 
 def _errors(analysis: Mapping[str, Any]) -> dict[str, Any]:
     found, why = parts.table(analysis, "predictor")
-    rows = [[name, change(q)] for name, q in found.items() if isinstance(q, Mapping) and name in METRICS]
-    for _, c in rows:
-        if "t" in c:
-            c["t"] = c["t"].removeprefix("+")
-    return {"rows": rows, "why": why}
+    cells = {name: change(q) for name, q in found.items() if isinstance(q, Mapping) and name in METRICS}
+    rows = [[name, {**c, "t": c.get("t", "").removeprefix("+")}] for name, c in cells.items()]
+    return {"rows": rows, "why": why or ("" if rows else parts.SHAPE.format("predictor"))}
 
 
 def _screen(analysis: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +249,7 @@ def _budget(text: str) -> tuple[Budget, str]:
 
 
 def _bounds(budget: Budget, base: Mapping[str, Any], shown: Mapping[str, Shown]) -> dict[str, Any]:
-    out = {}
+    out: dict[str, Any] = {}
     for limit in budget:
         bound = limit.bound(base)
         text = shown[limit.metric].text(bound) + " " + shown[limit.metric].unit if limit.metric in shown else ""

@@ -40,7 +40,12 @@ def write_report(
     files = {
         "report.html": html(data), "report.md": markdown(data), "trials.csv": table(trials),
     }
-    return [write_text(folder / name, text) for name, text in files.items()]
+    return [write_text(folder / name, sound(text)) for name, text in files.items()]
+
+
+def sound(text: str) -> str:
+    """Without lone surrogates, which UTF-8 cannot hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def html(data: Mapping[str, Any]) -> str:

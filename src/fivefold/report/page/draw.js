@@ -81,7 +81,7 @@ function figure(draw) {
   const redraw = () => { if (width > 0) box.replaceChildren(draw(width)); };
   new ResizeObserver((entries) => {
     const now = Math.floor(entries[0].contentRect.width);
-    if (now !== width) { width = now; redraw(); }
+    if (now !== width) { width = now; requestAnimationFrame(redraw); }
   }).observe(box);
   return { box, redraw };
 }

@@ -50,7 +50,7 @@ function interactionsSection() {
     : missing(why);
   const bad = DATA.backfired;
   const list = bad.rows.length ? el("ul", { class: "plain" }, bad.rows.map((r) => el("li", {}, el("code", {}, r.what), " ",
-    r.change && r.metric ? [r.metric, " ", change(r.change, r.metric)] : null, el("div", { class: "dim" }, r.sentence))))
+    r.change && r.metric ? [r.metric, " ", el("span", { class: "worse" }, quantity(r.change)), r.change.i ? ` (${r.change.i}), n ${r.change.n}` : null] : null, el("div", { class: "dim" }, r.sentence))))
     : missing(bad.why);
   return section("together", "What techniques did together", lead, body, el("h3", { style: "margin-top:36px" }, "What backfired here"), list);
 }

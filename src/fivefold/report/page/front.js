@@ -5,23 +5,31 @@ function frontSection() {
   if (present.length < 2) return section("front", "The front", lead, missing("no trial has two measured numbers yet"));
   const quality = DATA.axes.find((n) => metric(n).resource === "quality");
   const wanted = (DATA.settings.minimize || "").split(",").map((s) => s.trim()).filter((n) => present.includes(n));
-  const axes = { x: wanted[0] || DATA.axes[0] || present[0], y: quality || wanted[1] || present[1], logx: false, logy: false };
+  const axes = { x: wanted[0] || DATA.axes[0] || present[0], y: quality || wanted[1] || present[1] };
   if (axes.x === axes.y) axes.y = present.find((n) => n !== axes.x);
+  axes.logx = spread(axes.x);
+  axes.logy = spread(axes.y);
   const detail = el("aside", { class: "detail", "aria-live": "polite" });
   const below = el("p", { class: "note" });
   const plot = figure((width) => drawFront(width, axes, below));
-  const set = (key) => (v) => { axes[key] = v; plot.redraw(); };
-  const box = (key, label) => el("label", {},
-    el("input", { type: "checkbox", onchange: (e) => set(key)(e.target.checked) }), label);
+  const axis = (key, words) => {
+    const log = el("input", { type: "checkbox", checked: axes[`log${key}`], onchange: (e) => { axes[`log${key}`] = e.target.checked; plot.redraw(); } });
+    const pick = (name) => { axes[key] = name; axes[`log${key}`] = log.checked = spread(name); plot.redraw(); };
+    return el("div", {}, choose(words, present, axes[key], pick), el("label", {}, log, "log"));
+  };
   watchers.push((number) => {
     detail.replaceChildren(...describe(number));
     for (const node of plot.box.querySelectorAll(".point")) node.classList.toggle("selected", +node.dataset.number === number);
   });
-  detail.replaceChildren(...describe(null));
   return section("front", "The front", lead,
-    el("div", { class: "controls" }, choose("across", present, axes.x, set("x")), box("logx", "log"),
-      choose("up", present, axes.y, set("y")), box("logy", "log")),
+    el("div", { class: "controls" }, axis("x", "across"), axis("y", "up")),
     el("div", { class: "split" }, el("div", {}, plot.box, legend(), below), detail), unmeasured());
+}
+
+// A logarithmic axis by default when the values spread over more than a factor of three.
+function spread(name) {
+  const values = MEASURED.map((t) => value(t, name)).filter((v) => v !== null);
+  return metric(name).unit !== "%" && Math.min(...values) > 0 && Math.max(...values) > 3 * Math.min(...values);
 }
 
 function drawFront(width, axes, below) {

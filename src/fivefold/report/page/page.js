@@ -4,7 +4,18 @@ function head() {
   const settings = Object.entries(DATA.settings);
   return el("header", {}, el("h1", {}, DATA.title), el("p", { class: "lead" }, `A search for cheaper ways to run this model: ${counts}.`),
     settings.length ? el("dl", { class: "settings" }, settings.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v)))) : null,
-    DATA.budget_trouble ? el("p", { class: "warn" }, DATA.budget_trouble) : null);
+    brief(), DATA.budget_trouble ? el("p", { class: "warn" }, DATA.budget_trouble) : null);
+}
+
+// The honesty card: the machine, and what was measured, counted and modelled, with the typical uncertainty.
+function brief() {
+  const names = (method) => DATA.honesty.filter((r) => r.methods.includes(method)).map((r) =>
+    r.metric + (r.width === null || r.width < 5e-4 ? "" : ` ±${digits(100 * r.width, r.width < 0.1 ? 0.1 : 1)} %`)).join(", ");
+  const lacking = DATA.honesty.filter((r) => r.known < r.of).map((r) => r.metric).join(", ");
+  const machine = DATA.machine.filter(([k]) => ["processor", "memory", "accelerator", "os", "date"].includes(k)).map(([, v]) => v).join(", ");
+  const items = [["Machine", machine || "not recorded"], ["● Measured", names("measured")], ["= Counted", names("counted")], ["~ Modelled", names("modelled")],
+    ["Not obtained everywhere", lacking]].filter(([, v]) => v);
+  return el("dl", { class: "brief", "aria-label": "how far to trust these numbers" }, items.map(([k, v]) => el("div", {}, el("dt", {}, k), el("dd", {}, v))));
 }
 
 function trustSection() {
@@ -37,7 +48,7 @@ function pickCard(pick, t, parent) {
     const given = (pick.against_parent || {})[n];
     if (given && given.v !== undefined) return el("span", { title: given.i || "" }, `${given.t}×`);
     const [a, b] = [value(t, n), parent ? value(parent, n) : null];
-    return el("span", {}, a !== null && b ? `${digits(a / b, a / b < 10 ? 0.01 : 1)}×` : "");
+    return el("span", {}, a !== null && b && metric(n).resource !== "quality" ? `${digits(a / b, a / b < 10 ? 0.01 : 1)}×` : "");
   };
   const names = [...new Set(["size", "memory", "latency", "ttft", "energy", "money", "agreement", "kl", ...Object.keys(DATA.bounds)])].filter((n) => t.values[n]);
   const payback = DATA.payback.rows.filter((r) => r.number === t.number && r.sentence).map((r) => `${r.resource}: ${r.sentence}`);
@@ -45,7 +56,7 @@ function pickCard(pick, t, parent) {
   return el("article", { class: "card" }, el("div", { class: "role" }, `${role} · trial ${t.number}`),
     c && c.v !== undefined ? el("div", { class: "big" }, c.t, el("small", {}, ` ${c.u || ""} ${lead}`)) : null,
     el("code", {}, t.recipe),
-    el("table", {}, el("tbody", {}, names.map((n) => el("tr", {}, el("td", {}, n), el("td", {}, quantity(t.values[n]), el("small", { class: "dim" }, t.values[n].i || "")), el("td", {}, against(n)))))),
+    el("table", {}, el("thead", {}, el("tr", {}, el("th", {}), el("th", {}), el("th", { scope: "col" }, "× parent"))), el("tbody", {}, names.map((n) => el("tr", {}, el("td", {}, n), el("td", {}, quantity(t.values[n]), el("small", { class: "dim" }, t.values[n].i || "")), el("td", {}, against(n)))))),
     pick.why ? el("p", { class: "why" }, pick.why) : null, payback.length ? el("p", { class: "why dim" }, payback.join("; ")) : null,
     t.coverage.length ? el("p", { class: "why dim" }, t.coverage.join("; ")) : null);
 }
@@ -56,3 +67,4 @@ const sections = SECTIONS.map((make) => make());
 const header = head();
 header.append(el("nav", { "aria-label": "sections" }, sections.map((s) => el("a", { href: `#${s.id}` }, s.querySelector("h2").textContent))));
 document.getElementById("page").replaceChildren(header, ...sections);
+select((DATA.picks.rows.find((p) => TRIALS.has(p.number)) || {}).number ?? DATA.parent);

@@ -23,8 +23,8 @@ function drawParallel(width, brushes, said, redraw) {
     style: `min-width:${width}px`, "aria-label": `parallel coordinates over ${names.join(", ")}` });
   const scales = names.map((n) => {
     const values = MEASURED.map((t) => value(t, n)).filter((v) => v !== null).map((v) => v / metric(n).factor);
-    const up = metric(n).better === "higher", span = Math.max(...values) / Math.min(...values);
-    return makeScale(values, up ? bottom : top, up ? top : bottom, span > 20);
+    const up = metric(n).better === "higher";
+    return makeScale(values, up ? bottom : top, up ? top : bottom, spread(n));
   });
   const y = (t, i) => (value(t, names[i]) === null ? null : scales[i](value(t, names[i]) / metric(names[i]).factor));
   const kept = (t) => [...brushes].every(([i, [a, b]]) => { const v = y(t, i); return v !== null && v >= a && v <= b; });

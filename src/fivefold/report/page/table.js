@@ -7,26 +7,29 @@ function tableSection() {
     + " chooses what to run and is never shown as a result.";
   if (!DATA.trials.length) return section("trials", "All trials", lead, missing("the study has no trial yet"));
   const state = { rung: MEASURED.length ? "measured" : "all", by: "number", up: true };
+  const first = ["size", "memory", "latency", "ttft", "energy", "money", "agreement", "kl"].filter((n) => present.includes(n));
+  const ordered = [...first, ...present.filter((n) => !first.includes(n))];
   const columns = [
     { name: "number", head: "trial", get: (t) => t.number, show: (t) => t.number, num: true },
     { name: "recipe", head: "recipe", get: (t) => t.recipe, class: "recipe", show: (t) => [el("code", {}, t.recipe), roleNote(t)] },
     { name: "outcome", head: "outcome", get: (t) => t.outcome, class: "text", show: (t) => [t.outcome, t.sentence ? el("small", {}, t.sentence) : null] },
-    ...present.map((n) => ({ name: n, head: n, unit: metric(n).unit, get: (t) => value(t, n), num: true, label: metric(n).label,
+    ...ordered.map((n) => ({ name: n, head: n, unit: metric(n).unit, get: (t) => value(t, n), num: true, label: metric(n).label,
       show: (t) => (t.values[n] ? [quantity(t.values[n], false), interval(t.values[n])] : el("span", { class: "dim" }, "–")) })),
     { name: "coverage", head: "coverage", get: (t) => t.coverage.join("; "), class: "text", show: (t) => t.coverage.join("; ") },
     { name: "spent", head: "spent", unit: "s", get: (t) => t.spent, num: true, show: (t) => digits(t.spent, 0.1) },
   ];
   const body = el("tbody", {}), heads = el("tr", {});
-  const table = el("table", { class: "wide", id: "trials-table" }, el("thead", {}, heads), body);
+  const table = el("table", { class: "wide sticky", id: "trials-table" }, el("thead", {}, heads), body);
   const draw = () => {
     const column = columns.find((c) => c.name === state.by);
     const rows = DATA.trials.filter(RUNGS[state.rung]).sort((a, b) => compare(column.get(a), column.get(b), state.up));
-    heads.replaceChildren(...columns.map((c) => el("th", { scope: "col", class: c.num ? "num" : null, title: c.label,
+    const shown = columns.filter((c) => c.name !== "outcome" || state.rung !== "measured");
+    heads.replaceChildren(...shown.map((c) => el("th", { scope: "col", class: c.num ? "num" : null, title: c.label,
       "aria-sort": c.name === state.by ? (state.up ? "ascending" : "descending") : "none" },
     el("button", { type: "button", onclick: () => { state.up = c.name === state.by ? !state.up : true; state.by = c.name; draw(); } }, c.head),
     c.unit ? el("small", {}, c.unit) : null)));
     body.replaceChildren(...rows.map((t) => el("tr", { "data-number": t.number, class: t.number === selected ? "selected" : null,
-      onclick: () => select(t.number) }, columns.map((c) => el("td", { class: c.num ? "num" : c.class }, c.show(t))))));
+      onclick: () => select(t.number) }, shown.map((c) => el("td", { class: c.num ? "num" : c.class }, c.show(t))))));
     if (!rows.length) body.append(el("tr", {}, el("td", { colspan: columns.length }, "None.")));
   };
   watchers.push((number) => { for (const row of body.rows) row.classList.toggle("selected", +row.dataset.number === number); });
