@@ -91,7 +91,7 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
 
 
 @functools.cache
-def dimensions(technique: type) -> tuple[Dimension, ...]:
+def dimensions(technique: Any) -> tuple[Dimension, ...]:
     """The fields of a technique class, in their order, as dimensions."""
     hints = typing.get_type_hints(technique, include_extras=True)
     helps = field_help(technique)
@@ -123,7 +123,7 @@ def _dimension(f: Any, hint: Any, help_text: str) -> Dimension:
     )
 
 
-def field_help(technique: type) -> dict[str, str]:
+def field_help(technique: Any) -> dict[str, str]:
     """Field name -> the string literal written under it in the class body."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(technique)))

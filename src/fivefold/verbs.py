@@ -7,15 +7,183 @@ They join the rooms (study, report, serve) and return plain values; drawing is `
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fivefold.errors import RecipeError
+from fivefold.quantity import Measurement, Quantity
 from fivefold.space import Dimension, dimensions, nearest
 
 if TYPE_CHECKING:
+    from fivefold.machine import Machine
+    from fivefold.model import Model
     from fivefold.recipe import Technique
+    from fivefold.study.compare import Comparison
+    from fivefold.study.explain import Explanation
+    from fivefold.study.plan import Plan
+    from fivefold.study.ship import Shipped
+    from fivefold.study.study import Study
+    from fivefold.study.trial import Trial
+
+FULL_TOKENS, WINDOW = 2048, 512
+
+
+def doctor(refresh: bool = False) -> Machine:
+    """The calibrated machine; `.doctor()` gives its rows. `refresh` calibrates again (under 20 s)."""
+    from fivefold.machine import Machine
+
+    return Machine.load(refresh=refresh)
+
+
+def _choices(
+    budget: str, minimize: str, allowance: str, workload: str, text: str, country: str, sampler: str, seed: int
+) -> dict[str, Any]:
+    from fivefold.budget import Allowance, Budget, objectives
+
+    return {
+        "budget": Budget.parse(budget), "objectives": objectives(minimize), "allowance": Allowance.parse(allowance),
+        "workload": workload, "text": text, "country": country, "sampler": sampler, "seed": seed,
+    }
+
+
+def plan(
+    model: str | Path, *, budget: str = "", minimize: str = "latency,energy,size", allowance: str = "30min",
+    workload: str = "chat", text: str = "encyclopedia", country: str = "world", sampler: str = "fivefold",
+    seed: int = 0,
+) -> Plan:
+    """What `optimize` would do with these arguments; spends nothing."""
+    choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed)
+    from fivefold.model import load
+    from fivefold.study.plan import plan as planned
+
+    return planned(load(model), **choices)
+
+
+def optimize(
+    model: str | Path, *, out: str | Path, budget: str = "", minimize: str = "latency,energy,size",
+    allowance: str = "30min", workload: str = "chat", text: str = "encyclopedia", country: str = "world",
+    sampler: str = "fivefold", seed: int = 0, events: Callable[[Any], None] | None = None,
+) -> Study:
+    """Search, resume or finish the study in `out`; leaves its report there.
+
+    Raises Infeasible when nothing measured meets the budget (the report is written all the same), Busy when another
+    process works on `out`, UserError for what is wrong with the arguments.
+    """
+    choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed)
+    from fivefold.model import load
+    from fivefold.study.optimize import optimize as search
+
+    study = search(load(model), Path(out), events=events, **choices)
+    report(study)
+    study.pick()
+    return study
+
+
+def report(study: Study) -> list[Path]:
+    """Write report.html, report.md and trials.csv of a study into its folder."""
+    from fivefold.report import write_report
+    from fivefold.study.analysis import analysis
+
+    trials, meta = study.trials, study.meta
+    return write_report(study.folder, trials, meta, analysis(trials, study.goal))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """One trial, and its measurements as multiples of the parent's."""
+
+    trial: Trial
+    against: Mapping[str, Quantity]
+
+
+def pick(study: str | Path, *, budget: str = "", by: str = "knee") -> Picked:
+    """Choose from stored trials; an empty budget is the study's own. Raises Infeasible with the one limit to relax."""
+    from fivefold.budget import Budget
+    from fivefold.study.picks import against
+    from fivefold.study.study import Study
+
+    opened = Study.open(study)
+    chosen = opened.pick(Budget.parse(budget) if budget else None, by)
+    return Picked(trial=chosen, against=against(chosen, opened.parent) if opened.parent else {})
+
+
+def explain(study: str | Path) -> Explanation:
+    """Effects, interactions, what backfired, payback and prediction errors of a study."""
+    from fivefold.study.explain import explain as explained
+    from fivefold.study.study import Study
+
+    return explained(Study.open(study).trials)
+
+
+def measure(
+    model: str | Path, *, workload: str = "chat", text: str = "encyclopedia", country: str = "world",
+    recipe: str = "", rounds: int = 5, quality: bool = True,
+) -> Measurement:
+    """Five resources (in a fresh process) and log-loss on held-out text of a model, under run-time techniques."""
+    from fivefold.errors import Misfit
+    from fivefold.meters.interleaved import Interleaved, Job
+    from fivefold.model import load
+    from fivefold.recipe import Recipe
+    from fivefold.tokenizer import Tokenizer
+    from fivefold.workload import Workload
+
+    loaded, parsed = load(model), Recipe.parse(recipe)
+    if parsed.build.techniques:
+        raise Misfit(f"measure takes run-time techniques only, and {parsed.build} changes the artifact; use optimize")
+    served = parsed.apply(loaded)
+    traffic = Workload.load(workload, Tokenizer(loaded.tokenizer_file))
+    with Interleaved([Job(model=served, workload=traffic)], country=country) as alone:
+        measured = alone.run(rounds)[0]
+    return measured.merged(_log_loss(served, text)) if quality else measured
+
+
+def _log_loss(model: Model, text: str) -> Measurement:
+    """Loss and perplexity of a model by itself: it is its own reference, so agreement and KL say nothing."""
+    from fivefold.engines import open_session
+    from fivefold.tasks.fidelity import Reference, fidelity
+    from fivefold.tasks.text import windows
+    from fivefold.tokenizer import Tokenizer
+
+    sample = windows(Tokenizer(model.tokenizer_file), text, "evaluation", FULL_TOKENS, WINDOW)
+    session = open_session(model)
+    try:
+        found = fidelity(session, Reference.record(session, sample, k=1)).measurement
+    finally:
+        session.close()
+    return Measurement({name: found[name] for name in ("loss", "perplexity")}, {"text": text})
+
+
+def compare(
+    a: str | Path, b: str | Path, *, task: str = "fidelity", margin: float = 0.01, items: int = 64,
+    workload: str = "chat", text: str = "encyclopedia", country: str = "world",
+) -> Comparison:
+    """Paired verdict on B against A, and their resources in interleaved rounds."""
+    from fivefold.model import load
+    from fivefold.study.compare import compare as compared
+    from fivefold.tokenizer import Tokenizer
+    from fivefold.workload import Workload
+
+    first, second = load(a), load(b)
+    traffic = Workload.load(workload, Tokenizer(first.tokenizer_file))
+    return compared(first, second, task=task, margin=margin, items=items, workload=traffic, text=text, country=country)
+
+
+def ship(study: str | Path, *, to: str | Path, budget: str = "", trial: int | None = None) -> Shipped:
+    """Copy the recommended (or given) trial's artifact to `to`, measured again. Raises Departure and leaves nothing."""
+    from fivefold.study.ship import ship_trial
+
+    return ship_trial(Path(study), Path(to), budget=budget, number=trial)
+
+
+def serve(
+    model: str | Path, *, host: str = "127.0.0.1", port: int = 8080, key: str | None = None, queue: int = 16
+) -> None:
+    """Serve a model, artifact or GGUF file over an OpenAI-compatible API until stopped."""
+    from fivefold.serve import serve as served
+
+    served(model, host, port, key, max_queue=queue)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,8 @@ def measurement(measured: Measurement) -> None:
 def comparison(compared: Any) -> None:
     """A `study.compare.Comparison`."""
     out = console()
-    style = {"ACCEPT": "bold green", "REGRESSION": "bold red"}.get(compared.verdict.name, "bold yellow")
-    out.print(Text(compared.verdict.name, style=style), Text(compared.sentence))
+    style = {"ACCEPT": "bold green", "REGRESSION": "bold red"}.get(compared.decision.name, "bold yellow")
+    out.print(Text(compared.decision.name, style=style), Text(compared.sentence))
     grid = table("metric", "A", "B", "B / A")
     for name, (a, b, ratio) in compared.rows.items():
         grid.add_row(name, number(a), number(b), number(ratio))

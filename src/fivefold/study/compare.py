@@ -20,7 +20,7 @@ from fivefold.quantity import Measurement, Quantity
 from fivefold.tasks.paired import Decision, Verdict, verdict
 
 METRICS = ("latency", "ttft", "decode", "prefill", "memory", "size", "energy", "money", "network")
-QUALITY = ("agreement", "kl", "loss", "perplexity", "accuracy")
+QUALITY = ("agreement", "kl", "loss", "perplexity", "accuracy", "label_loyalty", "probability_loyalty")
 WINDOW = 128
 ROUNDS = 5
 
@@ -45,7 +45,7 @@ def compare(
     rows: dict[str, tuple[Quantity, Quantity, Quantity]] = {}
     for name in QUALITY:
         if name in first or name in second:
-            missing = Quantity.missing("1", "the reference itself")
+            missing = Quantity.missing("1", "is the reference")
             rows[name] = (first.get(name, missing), second.get(name, missing), _ratio(first, second, name))
     if workload is not None:
         rows |= _resources(a, b, workload, country)
@@ -84,9 +84,10 @@ def _on_labels(
     a: Model, b: Model, task: str, margin: float, items: int, text: str
 ) -> tuple[Verdict, Measurement, Measurement, str]:
     from fivefold.tasks import choice
+    from fivefold.tasks.loyalty import loyalty
     from fivefold.tokenizer import Tokenizer
 
-    questions = choice.items(task, items)
+    questions = choice.load(task, items)
     results = []
     for model in (a, b):
         session = open_session(model)
@@ -96,7 +97,8 @@ def _on_labels(
             session.close()
     first, second = results
     decided = verdict(first.correct, second.correct, margin)
-    return decided, first.measurement, second.measurement, f"accuracy of B against A on {task}, margin {margin:g}"
+    other = second.measurement.merged(loyalty(first, second))
+    return decided, first.measurement, other, f"accuracy of B against A on {task}, margin {margin:g}"
 
 
 def _resources(
