@@ -26,7 +26,7 @@ ALLOWED = {
     "meters": CORE | {"engines"}, "tasks": CORE | {"engines"}, "study": CORE | {"techniques", "engines", "export", "training", "meters", "tasks", "testing"},
     "report": GROUND | {"budget", "study"}, "serve": CORE | {"engines", "meters"},
     "testing": CORE | {"techniques", "study", "engines", "export", "meters", "tasks"},
-    "verbs": None, "cli": None, "display": None, "__init__": None,
+    "verbs": None, "cli": None, "display": None, "__init__": None, "__main__": {"cli"},
 }
 
 

@@ -87,6 +87,9 @@ def optimize(
 
     `memory` caps each trial's processes (bytes), `seconds` each phase. Raises Busy, UserError, Infeasible never.
     """
+    text = str(choices.get("text", DEFAULTS["text"]))
+    if model.calibration is None and text != DEFAULTS["text"]:
+        model = model.but(calibration=calibration_text(text, Path(out)))
     made = setup(model, **choices)
     limits: dict[str, Any] = {} if seconds is None else {"seconds": seconds}
     disk = made.policy.allowance.disk
@@ -102,6 +105,14 @@ def optimize(
     inputs = {name: str(choices[name]) for name in ("workload", "text", "country") if name in choices}
     facts = {"name": model.name, "machine": made.machine.to_json(), "inputs": {**DEFAULTS, **inputs}}
     return Study(out).run(made.policy, runner, made.settings, events, facts)
+
+
+def calibration_text(text: str, out: Path) -> Path:
+    """The calibration split of the user's own text as a file in `out`: what is made and what is judged stay apart."""
+    from fivefold.files import write_text
+    from fivefold.tasks.text import documents
+
+    return write_text(out.resolve() / "calibration.txt", "\n\n".join(documents(text, "calibration")))
 
 
 def _windows(tokenizer: Tokenizer, text: str, split: str, tokens: int, context: int) -> list[list[int]]:

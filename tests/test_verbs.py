@@ -1,0 +1,139 @@
+"""The whole walk on a tiny model: optimize, pick, explain, ship, compare, measure, plan, report."""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fivefold
+from fivefold.errors import BudgetError, Departure, Infeasible, Misfit, RecipeError, StoreError, UserError
+from fivefold.study.trial import Outcome
+from fivefold.testing import tiny_model
+from fivefold.verbs import catalogue, catalogue_page
+
+
+def write_text(path: Path, paragraphs: int = 400) -> Path:
+    words = ["energy", "memory", "token", "second", "byte", "joule", "model", "weight", "answer", "small", "large"]
+    rng = random.Random(0)
+    path.write_text("\n".join(" ".join(rng.choices(words, k=40)) + "." for _ in range(paragraphs)))
+    return path
+
+
+def write_workload(path: Path) -> Path:
+    path.write_text("".join(json.dumps({"prompt": f"How many joules, {i}?", "max_tokens": 8}) + "\n" for i in range(3)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def walk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A finished study of a tiny model, made once."""
+    root = tmp_path_factory.mktemp("walk")
+    tiny_model(root / "tiny", layers=2, width=64)
+    text, traffic = write_text(root / "text.txt"), write_workload(root / "traffic.jsonl")
+    choices = {"text": str(text), "workload": str(traffic)}
+    fivefold.optimize(root / "tiny", out=root / "run", minimize="latency,size", allowance="75s", **choices)
+    yield {"model": str(root / "tiny"), "run": str(root / "run"), **choices}
+
+
+def test_the_study_measures_and_leaves_its_report(walk: dict[str, str]) -> None:
+    study = fivefold.Study.open(walk["run"])
+    measured = [t for t in study.trials if t.outcome is Outcome.MEASURED]
+    assert study.parent is not None and len(measured) >= 2
+    for name in ("report.html", "report.md", "trials.csv"):
+        assert (Path(walk["run"]) / name).stat().st_size > 500
+    for trial in measured:
+        for metric in ("flops", "latency", "memory", "size", "energy", "money", "network", "agreement", "kl"):
+            assert trial.measurement[metric].value is not None, f"{trial.recipe} has no {metric}"
+    assert study.parent.value("kl") == pytest.approx(0.0, abs=1e-4)
+
+
+def test_pick_answers_other_budgets_from_the_records(walk: dict[str, str]) -> None:
+    smallest = fivefold.pick(walk["run"], by="size").trial
+    sizes = [t.value("size") for t in fivefold.Study.open(walk["run"]).trials if t.value("size") is not None]
+    assert smallest.value("size") == min(sizes)
+    with pytest.raises(Infeasible, match="relax size"):
+        fivefold.pick(walk["run"], budget="size<=1B")
+    with pytest.raises(BudgetError, match="no metric"):
+        fivefold.pick(walk["run"], by="beauty")
+    with pytest.raises(StoreError, match="no study"):
+        fivefold.pick(Path(walk["run"]) / "nothing")
+
+
+def test_explain_is_a_function_of_the_records(walk: dict[str, str]) -> None:
+    explained = fivefold.explain(walk["run"])
+    assert {e.technique for e in explained.effects} <= set(fivefold.recipe.catalogue())
+    assert fivefold.explain(walk["run"]) == explained
+
+
+def test_other_settings_on_the_same_folder_are_refused(walk: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="budget"):
+        fivefold.optimize(walk["model"], out=walk["run"], minimize="latency,size", budget="size<=1GB", allowance="1s",
+                          text=walk["text"], workload=walk["workload"])
+
+
+def test_ship_measures_the_copy_and_its_card_says_so(
+    walk: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fivefold.study import ship as room
+
+    # A tiny model answers in microseconds, so its times are noise; what is tested here is everything else.
+    monkeypatch.setattr(room, "COSTS", dict.fromkeys(room.COSTS, 20.0))
+    shipped = fivefold.ship(walk["run"], to=tmp_path / "shipped")
+    copy = fivefold.Artifact.open(tmp_path / "shipped")
+    copy.verify()
+    assert copy.card is not None and copy.card["quantities"]["agreement"]["value"] is not None
+    assert shipped.rows["kl"][2] == "same"
+    model = fivefold.load(tmp_path / "shipped")
+    assert model.path.exists()
+    with pytest.raises(StoreError, match="already exists"):
+        fivefold.ship(walk["run"], to=tmp_path / "shipped")
+
+
+def test_ship_refuses_a_departure_and_leaves_nothing(
+    walk: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fivefold.study import ship as room
+
+    monkeypatch.setattr(room, "ANSWERS", {"agreement": -1.0})
+    with pytest.raises(Departure, match="agreement"):
+        fivefold.ship(walk["run"], to=tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
+
+
+def test_ship_refuses_the_parent_and_unmeasured_trials(walk: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="parent"):
+        fivefold.ship(walk["run"], to=tmp_path / "x", trial=0)
+    with pytest.raises(UserError, match="not measured"):
+        fivefold.ship(walk["run"], to=tmp_path / "x", trial=10**6)
+
+
+def test_compare_a_model_with_itself_accepts_it(walk: dict[str, str]) -> None:
+    compared = fivefold.compare(walk["model"], walk["model"], text=walk["text"], workload=walk["workload"], items=8)
+    assert compared.decision.name == "ACCEPT" and compared.verdict.difference == 0
+    assert compared.rows["size"][2].value == 1
+
+
+def test_measure_has_five_resources_and_quality(walk: dict[str, str]) -> None:
+    measured = fivefold.measure(walk["model"], workload=walk["workload"], text=walk["text"], rounds=2,
+                                recipe="threads(count=1)")
+    for metric in ("flops", "latency", "memory", "energy", "money", "network", "perplexity"):
+        assert measured.value(metric) is not None
+    assert measured["energy"].method in ("measured", "modelled")
+    with pytest.raises(Misfit, match="run-time techniques only"):
+        fivefold.measure(walk["model"], recipe='gguf(type="q8_0")')
+
+
+def test_plan_spends_nothing(walk: dict[str, str]) -> None:
+    planned = fivefold.plan(walk["model"], text=walk["text"], workload=walk["workload"], allowance="5min")
+    assert planned.trials.value and planned.energy.method == "modelled" and planned.candidates
+
+
+def test_the_catalogue_page_is_the_generated_one() -> None:
+    page = Path(__file__).parents[1] / "docs" / "catalogue.md"
+    assert page.read_text(encoding="utf-8") == catalogue_page(catalogue()), (
+        "run: fivefold catalogue --markdown > docs/catalogue.md"
+    )
+    with pytest.raises(RecipeError, match="did you mean threads"):
+        catalogue("thread")
