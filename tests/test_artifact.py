@@ -15,8 +15,8 @@ from fivefold.errors import ModelError, StoreError
 from fivefold.model import DecodePlan, Model, Trait, blueprint_of, load
 from fivefold.weights import write_safetensors_folder
 
-CONFIG = dict(model_type="llama", hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=16,
-              intermediate_size=12, head_dim=4)
+CONFIG = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 16,
+              "intermediate_size": 12, "head_dim": 4}
 
 
 def build(folder: Path, size: int = 64, seconds: float = 1.0, name: str = "tiny") -> Made:

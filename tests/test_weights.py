@@ -165,6 +165,27 @@ def test_safetensors_header_lengths(tmp_path, length):
     assert outcome(check_safetensors, save(tmp_path / "x.safetensors", {"a": entry()}, bytes(16), length)) != "ok"
 
 
+@pytest.mark.parametrize("unit", [b"[],", b"{},", b"1.5,", b'"ab",', b"1,", b"[[1.5]],"])
+def test_a_large_hostile_safetensors_header_costs_little_memory(tmp_path, unit):
+    body = b"[" + unit * ((weights.MAX_JSON_HEADER - 3) // len(unit)) + b"0]"
+    assert outcome(check_safetensors, save(tmp_path / "x.safetensors", body)) != "ok"
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+@pytest.mark.parametrize("pairs, item", [
+    (2**16, lambda i: text(b"%d" % i) + struct.pack("<IIQ", 9, 4, 0)),
+    (200, lambda i: text(b"%d" % i) + struct.pack("<I", 8) + text(b"x" * 2**18)),
+    (1, lambda i: text(b"a") + struct.pack("<IIQ", 9, 8, 2**23) + bytes(2**26)),
+])
+def test_a_large_hostile_gguf_header_costs_little_memory(tmp_path, pairs, item):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, pairs) + b"".join(map(item, range(pairs))))
+    outcome(gguf_header, path)
+
+
 @FUZZ
 @given(data=st.binary(max_size=300), framed=st.booleans())
 def test_any_bytes_as_safetensors(tmp_path, data, framed):

@@ -7,8 +7,8 @@ versions, hashes of data). A shipped copy also carries its measurements, `card.j
 The store's *key* is the SHA-256 of everything that decides the result: code, parameters, parent, data, versions, seed.
 Whatever changes makes another key, so a stale artifact is never found. An artifact is built beside its place and
 renamed into it, under a lock per key: two processes that want the same one build it once, and a killed one leaves
-nothing that could be found. When the quota is full, those cheapest to make again per byte they occupy (seconds / bytes) go first;
-what is pinned or in use stays.
+nothing that could be found. When the quota is full, those cheapest to make again per byte they occupy (seconds /
+bytes) go first; what is pinned or in use stays.
 """
 
 from __future__ import annotations

@@ -34,9 +34,12 @@ from fivefold.errors import ModelError
 from fivefold.files import atomic_file, atomic_folder, write_text
 from fivefold.model import Blueprint
 
-MAX_JSON_HEADER = 16 << 20
-MAX_ENTRIES = 1 << 18
-MAX_STRING = 16 << 20
+MAX_JSON_HEADER = 4 << 20
+MAX_JSON_BRACKETS = 1 << 19
+MAX_ENTRIES = 1 << 16
+MAX_TEXT = 16 << 20
+MAX_STRINGS = 1 << 22
+MAX_ARRAY_BYTES = 256 << 20
 MAX_ELEMENTS = 1 << 40
 
 DTYPE_BYTES = {
@@ -120,7 +123,10 @@ def _safetensors_header(path: Path) -> tuple[dict[str, Any], int, int]:
                 raise ModelError(f"{path} is truncated or no safetensors file ({size} bytes); copy the model again")
             if length > MAX_JSON_HEADER:
                 raise ModelError(f"{path} has a header of {length} bytes, more than any model needs; copy it again")
-            header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+            text = file.read(length)
+            if text.count(b"[") + text.count(b"{") > MAX_JSON_BRACKETS:
+                raise ModelError(f"{path} has a header with more entries than any model needs; copy it again")
+            header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except OSError as error:
         raise ModelError(f"{path} cannot be read ({error.strerror}); check the path and its permissions") from None
     except (ValueError, RecursionError):
@@ -283,7 +289,7 @@ def _bytes(value: Any) -> NDArray[np.uint8]:
     return flat.view(np.uint8) if flat.size else np.empty(0, np.uint8)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GGUFArray:
     """An array of the header, left in the file until `read()`."""
 
@@ -297,6 +303,8 @@ class GGUFArray:
         return self.count
 
     def read(self) -> list[Any]:
+        if self.nbytes > MAX_ARRAY_BYTES:
+            raise ModelError(f"{self.file} holds an array of {self.nbytes} bytes in its header; copy it again")
         with self.file.open("rb") as file:
             file.seek(self.offset)
             data = file.read(self.nbytes)
@@ -310,7 +318,7 @@ class GGUFArray:
         return out
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class GGUFTensor:
     """`shape` is (rows, columns) as in numpy, the reverse of the file's order; `offset` is from the file's start."""
 
@@ -335,7 +343,7 @@ class GGUFHeader:
 
         def number(key: str, default: int | None = None) -> int:
             value = self.metadata.get(f"{family}.{key}", default)
-            if isinstance(value, GGUFArray) and value.kind != "string":
+            if isinstance(value, GGUFArray) and value.kind != "string" and value.count <= 4096:
                 value = max(value.read(), default=None)
             if type(value) is not int or value < 1:
                 raise ModelError(f"{self.file} says {family}.{key} = {str(value)[:40]}; give a complete GGUF file")
@@ -379,6 +387,7 @@ def gguf_header(path: Path) -> GGUFHeader:
 class _Reader:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.at, self.size = path, data, 0, len(data)
+        self.text_left, self.strings_left = MAX_TEXT, MAX_STRINGS
 
     def bad(self, what: str) -> ModelError:
         return ModelError(f"{self.path} is not a usable GGUF file: {what}; copy it again")
@@ -394,10 +403,11 @@ class _Reader:
         code = _SCALARS[kind][0]
         return struct.unpack_from(code, self.data, self.skip(struct.calcsize(code)))[0]
 
-    def text(self, longest: int = MAX_STRING) -> str:
+    def text(self, longest: int = MAX_TEXT) -> str:
         length = self.scalar("uint64")
-        if length > longest:
-            raise self.bad(f"a text of {length} bytes")
+        if length > min(longest, self.text_left):
+            raise self.bad(f"a text of {length} bytes, more than a header needs")
+        self.text_left -= length
         start = self.skip(length)
         try:
             return self.data[start : self.at].decode("utf-8")
@@ -419,11 +429,11 @@ class _Reader:
             raise self.bad(f"an array of {count} values, more than the file holds")
         start = self.at
         if kind == "string":
+            self.strings_left -= count
+            if self.strings_left < 0:
+                raise self.bad(f"an array of {count} texts, more than a header needs")
             for _ in range(count):
-                length = self.scalar("uint64")
-                if length > MAX_STRING:
-                    raise self.bad(f"a text of {length} bytes")
-                self.skip(length)
+                self.skip(self.scalar("uint64"))
         else:
             self.skip(count * smallest)
         return GGUFArray(file=self.path, kind=kind, count=count, offset=start, nbytes=self.at - start)
