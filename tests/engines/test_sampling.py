@@ -8,7 +8,7 @@ from scipy.special import log_softmax as scipy_log_softmax
 from scipy.stats import chisquare
 
 from fivefold.engines import Sampling
-from fivefold.engines._sampling import _from_nucleus, drawer, log_softmax
+from fivefold.engines._sampling import _from_nucleus, _inverse, drawer, log_softmax
 from fivefold.errors import DataError, NotFinite
 
 
@@ -40,6 +40,18 @@ def test_the_nucleus_is_inverted_exactly(weights: list[float], top_p: float, uni
     values = np.array(weights, np.float32)
     expected = nucleus(values.astype(np.float64), top_p)
     assert expected[_from_nucleus(values, top_p, uniform)] > 0
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1000])
+def test_every_index_has_its_share_of_the_unit_interval(size: int) -> None:
+    weights = np.random.default_rng(size).random(size).astype(np.float32)
+    weights[1::3] = 0
+    edges = np.cumsum(weights, dtype=np.float64) / weights.sum(dtype=np.float64)
+    for i in np.flatnonzero(weights > 1e-3):
+        low = edges[i - 1] if i else 0.0
+        for inside in (0.05, 0.5, 0.95):
+            assert _inverse(weights, low + inside * (edges[i] - low)) == i
+    assert weights[_inverse(weights, 0.0)] > 0 and weights[_inverse(weights, np.nextafter(1, 0))] > 0
 
 
 def test_greedy_and_seeds() -> None:
