@@ -68,6 +68,16 @@ def test_spend_is_the_sum_by_phase(study: Any) -> None:
     assert spend["energy.J"] == 300 * len(trials)
 
 
+def test_typed_inputs_are_shown_and_hashes_are_kept_for_the_end(study: Any) -> None:
+    trials, _, analysis = study
+    meta = {"name": "tiny", "settings": {"model": "a1b2", "budget": "", "workload": "c3d4", "seed": "0"},
+            "inputs": {"workload": "chat"}}
+    data = payload(trials, meta, analysis)
+    assert data["title"] == "tiny"
+    assert data["settings"] == {"workload": "chat", "seed": "0"}
+    assert ["model", "a1b2"] in data["contexts"]
+
+
 def test_what_is_missing_says_why(study: Any) -> None:
     trials, meta, _ = study
     bare = payload(trials, meta, {})
@@ -109,4 +119,8 @@ def test_changes_are_signed_percentages() -> None:
     q = Quantity(value=-0.31, unit="fraction", method="measured", n=5, low=-0.35, high=-0.28)
     assert change(q.to_json())["t"] == "−31.0"
     assert change(q.to_json())["i"] == "−35.0 to −28.0"
+    assert change(q.to_json())["u"] == "%"
+    assert change(q.to_json(), "agreement")["u"] == "points"
+    nats = Quantity(value=0.2, unit="nat/token", method="measured")
+    assert (change(nats.to_json(), "kl")["t"], change(nats.to_json(), "kl")["u"]) == ("+0.200", "nat/token")
     assert cell(Quantity(value=2.6e8, unit="byte", method="counted"))["t"] == "260"

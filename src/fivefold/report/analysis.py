@@ -1,7 +1,8 @@
 """What the study room's analysis looks like when it arrives here: plain JSON, every part optional.
 
 Q below is a quantity as `Quantity.to_json` writes it: {"value", "unit", "method", "n", "low", "high", "reason"}.
-A relative change is a fraction: -0.31 reads "31 % less".
+"change", "apart" and "together" are relative changes in the unit fraction (-0.31 reads "31 % less"), but differences in
+the metric's own unit where that is a fraction or nats. A "role" may hold several, comma-separated.
 
     {
       "parent": 0,                     number of the trial everything is compared with

@@ -22,6 +22,8 @@ from fivefold.study.trial import Outcome, Trial
 
 MARKS = {"measured": "●", "counted": "=", "modelled": "~"}
 PHASES = ("build", "screen", "measure", "quality", "overhead")
+HASHES = ("model", "machine", "search space")
+"""Settings that identify the study exactly; a reader wants them at the end."""
 AXES = {
     "compute": ("latency", "request", "ttft", "decode"), "memory": ("memory", "gpu_memory", "size"),
     "energy": ("energy", "carbon"), "money": ("money",), "network": ("network", "request_bytes"),
@@ -45,7 +47,7 @@ class Shown:
 
 def number(value: float) -> str:
     """Three significant digits, thousands separated, a real minus sign."""
-    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e7):
+    if value != 0 and (abs(value) < 1e-4 or abs(value) >= 1e7):
         text = f"{value:.2e}"
     else:
         digits = 2 - math.floor(math.log10(abs(float(f"{value:.3g}")))) if value else 0
@@ -63,7 +65,7 @@ def payload(trials: Sequence[Trial], meta: Mapping[str, Any], analysis: Mapping[
     budget, trouble = _budget(str(settings.get("budget") or ""))
     return {
         "title": str(meta.get("name") or settings.get("model") or "study"),
-        "settings": {k: str(v) for k, v in settings.items() if isinstance(v, str | int | float) and str(v)},
+        "settings": _settings(settings, meta),
         "metrics": {name: _metric(name, shown[name]) for name in METRICS if name in shown},
         "axes": [name for choice in AXES.values() if (name := _first(choice, measured))],
         "trials": [_trial(t, shown, budget, base) for t in trials],
@@ -72,9 +74,10 @@ def payload(trials: Sequence[Trial], meta: Mapping[str, Any], analysis: Mapping[
         "bounds": _bounds(budget, base, shown), "budget_trouble": trouble,
         "front": parts.numbers(analysis, "front"),
         "infeasible": str(analysis.get("infeasible") or ""),
-        "honesty": honesty(measured, shown), "machine": machine(_mapping(meta.get("machine"))),
-        "contexts": contexts(measured), "marks": MARKS, "spend": spend(trials),
-        **{name: _part(analysis, name, shown) for name in parts.LISTS},
+        "honesty": honesty(measured), "machine": machine(_mapping(meta.get("machine"))),
+        "contexts": [*contexts(measured), *([k, str(settings[k])] for k in HASHES if settings.get(k))],
+        "marks": MARKS, "spend": spend(trials),
+        **{name: _part(analysis, name) for name in parts.LISTS},
         "predictor": _errors(analysis), "screen": _screen(analysis),
     }
 
@@ -104,18 +107,19 @@ def cell(quantity: Quantity | Mapping[str, Any], shown: Shown | None = None) -> 
     return {k: v for k, v in out.items() if v not in (None, "")}
 
 
-def change(quantity: Mapping[str, Any]) -> dict[str, Any]:
-    """A relative change: -0.31 as "−31 %", with its interval."""
-    out = cell(quantity)
-    if "v" in out:
-        sign = "+" if out["v"] > 0 else ""
-        out.update(t=f"{sign}{number(100 * out['v'])}", u="%")
-        if "i" in out:
-            out["i"] = f"{number(100 * out['lo'])} to {number(100 * out['hi'])}"
+def change(quantity: Mapping[str, Any], metric: str = "") -> dict[str, Any]:
+    """A change with its sign: relative ("−31 %"), a difference of a fraction ("−2 points"), or of another unit."""
+    unit = str(quantity.get("unit", "fraction"))
+    points = metric in METRICS and METRICS[metric].unit == "fraction"
+    form = Shown(0.01, "points" if points else "%") if unit == "fraction" else Shown(1.0, unit)
+    out = cell(quantity, form)
+    out["f"] = form.factor
+    if out.get("v", 0) > 0:
+        out["t"] = f"+{out['t']}"
     return out
 
 
-def honesty(measured: Sequence[Trial], shown: Mapping[str, Shown]) -> list[dict[str, Any]]:
+def honesty(measured: Sequence[Trial]) -> list[dict[str, Any]]:
     """Per metric: methods, samples per number, the typical half-width of the interval, and the notes given."""
     rows = []
     for name in METRICS:
@@ -155,16 +159,24 @@ def machine(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def contexts(measured: Iterable[Trial]) -> list[list[str]]:
-    """What the measurements were taken with: each key of their contexts with its distinct values."""
-    seen: dict[str, Counter[str]] = {}
-    for trial in measured:
-        for key, value in trial.measurement.context.items():
-            if isinstance(value, str | int | float | bool):
-                seen.setdefault(key, Counter())[str(value)] += 1
-    return [
-        [key, ", ".join(v for v, _ in found.most_common(6)) + (f" and {len(found) - 6} more" if len(found) > 6 else "")]
-        for key, found in sorted(seen.items())
-    ]
+    """What the measurements were taken with: engines, workload, rounds, and how many rounds other load disturbed."""
+    taken = [t.measurement.context for t in measured]
+    engines = Counter(
+        f"{e['engine']} ({e.get('version', '?')})" if isinstance(e, Mapping) and "engine" in e else str(e)
+        for c in taken if (e := c.get("engine"))
+    )
+    rows = [["engine", ", ".join(f"{name}: {n} trials" for name, n in engines.most_common())]] if engines else []
+    for key in ("workload", "requests", "batch", "rounds", "tokens", "country", "prices"):
+        found = Counter(str(c[key]) for c in taken if key in c)
+        if found:
+            rows.append([key, ", ".join(v for v, _ in found.most_common(4))])
+    dates = sorted(str(c["date"])[:16] for c in taken if c.get("date"))
+    if dates:
+        rows.append(["measured", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"])
+    disturbed = [c["disturbed_kept"] for c in taken if isinstance(c.get("disturbed_kept"), int)]
+    if disturbed:
+        rows.append(["rounds kept although other load disturbed them", str(sum(disturbed))])
+    return rows
 
 
 def spend(trials: Iterable[Trial]) -> dict[str, Any]:
@@ -206,16 +218,23 @@ def _cells(rung: Mapping[str, Quantity], shown: Mapping[str, Shown]) -> dict[str
     return {name: cell(q, shown.get(name)) for name, q in rung.items() if name in METRICS}
 
 
-def _part(analysis: Mapping[str, Any], name: str, shown: Mapping[str, Shown]) -> dict[str, Any]:
-    """{"rows": [...], "why": "..."}; quantities inside become cells, relative changes percentages."""
+def _settings(settings: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[str, str]:
+    """What was asked for, in words: the inputs as they were typed, without the hashes that identify them."""
+    plain = {k: v for k, v in settings.items() if meta.get("name") is None or k not in HASHES}
+    merged = {**plain, **_mapping(meta.get("inputs"))}
+    return {str(k): str(v) for k, v in merged.items() if isinstance(v, str | int | float) and str(v)}
+
+
+def _part(analysis: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """{"rows": [...], "why": "..."}; quantities inside become cells, changes get their sign."""
     rows, why = parts.entries(analysis, name)
-    return {"rows": [{k: _value(k, v) for k, v in row.items()} for row in rows], "why": why}
+    return {"rows": [{k: _value(k, v, str(row.get("metric"))) for k, v in row.items()} for row in rows], "why": why}
 
 
-def _value(key: str, value: Any) -> Any:
+def _value(key: str, value: Any, metric: str = "") -> Any:
     if isinstance(value, Mapping):
         if "value" in value:
-            return change(value) if key in ("change", "apart", "together") else cell(value)
+            return change(value, metric) if key in ("change", "apart", "together") else cell(value)
         return {str(k): _value(str(k), v) for k, v in value.items()}
     if isinstance(value, float):
         return _finite(value)

@@ -3,7 +3,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const TRIALS = new Map(DATA.trials.map((t) => [t.number, t]));
 const MEASURED = DATA.trials.filter((t) => t.outcome === "measured");
 const ROLES = new Map();
-for (const pick of DATA.picks.rows) ROLES.set(pick.number, [...(ROLES.get(pick.number) || []), String(pick.role)]);
+for (const pick of DATA.picks.rows) ROLES.set(pick.number, [...(ROLES.get(pick.number) || []), ...String(pick.role).split(", ")]);
 
 function put(node, attributes, children) {
   for (const [name, value] of Object.entries(attributes || {})) {

@@ -22,7 +22,8 @@ function drawEffects(width, rows, name) {
   const left = Math.min(210, width * 0.36), right = width - 92, step = 30, top = 8, bottom = top + step * sorted.length;
   const root = svg("svg", { viewBox: `0 0 ${width} ${bottom + 44}`, role: "img", "aria-label": `change of ${metric(name).label} by technique` });
   if (!sorted.length) return el("p", { class: "missing" }, "Missing: no change of this metric could be estimated.");
-  const ends = sorted.flatMap((r) => [r.change.v, r.change.lo ?? r.change.v, r.change.hi ?? r.change.v]).map((v) => 100 * v);
+  const unit = sorted[0].change.u, f = sorted[0].change.f;
+  const ends = sorted.flatMap((r) => [r.change.v, r.change.lo ?? r.change.v, r.change.hi ?? r.change.v]).map((v) => v / f);
   const low = Math.min(0, ...ends), high = Math.max(0, ...ends), pad = (high - low) * 0.05 || 1;
   const x = (v) => left + ((v - low + pad) / (high - low + 2 * pad)) * (right - left);
   for (const [v, text] of linearTicks(low - pad, high + pad, Math.max(3, width / 130))) {
@@ -32,12 +33,12 @@ function drawEffects(width, rows, name) {
   sorted.forEach((r, i) => {
     const y = top + step * (i + 0.5), c = r.change, open = c.lo !== undefined && c.lo <= 0 && c.hi >= 0;
     root.append(svg("text", { class: "title", x: left - 12, y: y + 4, "text-anchor": "end" }, clip(r.technique, left - 12)),
-      c.lo === undefined ? null : svg("line", { x1: x(100 * c.lo), x2: x(100 * c.hi), y1: y, y2: y, class: "stair" }),
-      svg("g", { class: open ? "point" : "point front fits" }, svg("circle", { class: "dot", cx: x(100 * c.v), cy: y, r: 5 })),
-      svg("text", { x: right + 12, y: y + 4 }, `${c.t} %`, svg("title", {}, `${c.i || ""} n ${c.n}`)));
+      c.lo === undefined ? null : svg("line", { x1: x(c.lo / f), x2: x(c.hi / f), y1: y, y2: y, class: "stair" }),
+      svg("g", { class: open ? "point" : "point front fits" }, svg("circle", { class: "dot", cx: x(c.v / f), cy: y, r: 5 })),
+      svg("text", { x: right + 12, y: y + 4 }, `${c.t}${unit === "%" ? " %" : ""}`, svg("title", {}, `${c.i || ""} n ${c.n}`)));
   });
   root.append(svg("text", { class: "title", x: right, y: bottom + 38, "text-anchor": "end" },
-    clip(`change of ${metric(name).label}, % (${better(name)})`, right)));
+    clip(`change of ${metric(name).label}, ${unit} (${better(name)})`, right)));
   return root;
 }
 const clip = (text, room) => (String(text).length * 6.4 <= room ? String(text) : String(text).slice(0, Math.max(3, room / 6.4 - 1)) + "…");
@@ -58,8 +59,13 @@ function interactionsSection() {
 function paybackSection() {
   const lead = "What the recipe cost to make, divided by what it saves per token against the parent: after so many tokens it has paid for itself.";
   const { rows, why } = DATA.payback;
-  return section("payback", "Payback", lead, rows.length ? grid(["trial", "resource", "cost to make", "saved per token", "repaid after", ""],
-    rows.map((r) => [r.number, r.resource, quantity(r.cost), quantity(r.saving), quantity(r.tokens), r.sentence || ""]), [0, 2, 3, 4]) : missing(why));
+  if (!rows.length) return section("payback", "Payback", lead, missing(why));
+  const saving = rows.some((r) => r.saving), heads = ["trial", "recipe", "resource", "cost to make", ...(saving ? ["saved per token"] : []), "repaid after"];
+  const line = (r) => [r.number, el("code", {}, TRIALS.has(r.number) ? TRIALS.get(r.number).recipe : ""), r.resource, quantity(r.cost),
+    ...(saving ? [quantity(r.saving)] : []), r.tokens && r.tokens.v !== undefined ? [quantity(r.tokens), interval(r.tokens)] : r.sentence || "–"];
+  const near = rows.filter((r) => ROLES.has(r.number) || DATA.front.includes(r.number)), far = rows.filter((r) => !near.includes(r));
+  return section("payback", "Payback", lead, grid(heads, (near.length ? near : far).map(line), [0, 3, 4]),
+    near.length && far.length ? el("details", {}, el("summary", {}, "trials that are neither picked nor on the front"), grid(heads, far.map(line), [0, 3, 4])) : null);
 }
 
 function predictionSection() {

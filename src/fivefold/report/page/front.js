@@ -4,7 +4,7 @@ function frontSection() {
     + " other trial within the budget is better on both axes.";
   if (present.length < 2) return section("front", "The front", lead, missing("no trial has two measured numbers yet"));
   const quality = DATA.axes.find((n) => metric(n).resource === "quality");
-  const wanted = (DATA.settings.minimize || "").split(",").map((s) => s.trim()).filter((n) => present.includes(n));
+  const wanted = (DATA.settings.minimize || DATA.settings.objectives || "").split(",").map((s) => s.trim()).filter((n) => present.includes(n));
   const axes = { x: wanted[0] || DATA.axes[0] || present[0], y: quality || wanted[1] || present[1] };
   if (axes.x === axes.y) axes.y = present.find((n) => n !== axes.x);
   axes.logx = spread(axes.x);
@@ -164,15 +164,18 @@ function legend() {
   return el("div", { class: "legend" }, items.map(([icon, text]) => el("span", {}, icon, text)));
 }
 
+const CORE = new Set(["size", "memory", "latency", "ttft", "decode", "energy", "money", "network", "agreement", "kl", ...Object.keys(DATA.bounds)]);
 function describe(number) {
   const t = TRIALS.get(number);
   if (!t) return [el("p", { class: "dim" }, "Point at a trial, tap it, or move to it with Tab: its recipe and numbers appear here.")];
-  const rows = present.filter((n) => t.values[n]).map((n) =>
-    el("tr", {}, el("td", {}, n), el("td", {}, quantity(t.values[n]), interval(t.values[n]))));
+  const known = present.filter((n) => t.values[n]), core = known.filter((n) => CORE.has(n)), rest = known.filter((n) => !CORE.has(n));
+  const table = (names) => el("table", {}, el("tbody", {}, names.map((n) =>
+    el("tr", {}, el("td", {}, n), el("td", {}, quantity(t.values[n]), interval(t.values[n]))))));
   const roles = ROLES.get(number) || [];
   return [el("h3", {}, [`Trial ${t.number}`, ...roles].join(" · ")), el("code", {}, t.recipe),
     t.fits === false ? el("p", { class: "note" }, "Misses the budget.") : null,
-    t.coverage.length ? el("p", { class: "note" }, t.coverage.join("; ")) : null, el("table", {}, el("tbody", {}, rows))].filter(Boolean);
+    t.coverage.length ? el("p", { class: "note" }, t.coverage.join("; ")) : null, table(core),
+    rest.length ? el("details", {}, el("summary", {}, `${rest.length} more numbers`), table(rest)) : null].filter(Boolean);
 }
 
 function unmeasured() {

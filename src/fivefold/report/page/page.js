@@ -43,7 +43,7 @@ function picksSection() {
 }
 
 function pickCard(pick, t, parent) {
-  const role = String(pick.role), lead = [...(HEADLINE[role] || []), ...DATA.axes].find((n) => present.includes(n) && t.values[n]);
+  const role = String(pick.role), lead = [...role.split(", ").flatMap((r) => HEADLINE[r] || []), ...DATA.axes].find((n) => present.includes(n) && t.values[n]);
   const against = (n) => {
     const given = (pick.against_parent || {})[n];
     if (given && given.v !== undefined) return el("span", { title: given.i || "" }, `${given.t}×`);
