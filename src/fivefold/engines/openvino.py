@@ -9,7 +9,9 @@ logits are asked for: a gather in front of it is added to the graph.
 A rejected draft of prompt lookup is not removed from the cache, which would copy it; it is masked out, and positions
 are counted without it. The same mask makes a batch of prompts of different lengths, padded on the left.
 
-Compiling takes seconds at every start. Matrices must be F16, Q8_0, Q4_0 or Q4_1; llama and qwen families only.
+Q4_1 is read with its offset rounded to whole steps of the scale, so it is a little less exact here than in llama.cpp;
+the other types are the same. Compiling takes seconds at every start. Matrices must be F16, Q8_0, Q4_0 or Q4_1, of the
+llama and qwen families.
 
 Source: OpenVINO, https://github.com/openvinotoolkit/openvino (Apache-2.0).
 """
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
 from fivefold.engines._lookup import Lookup
+from fivefold.engines._openvino_ir import MATRIX_TYPES as GGUF_TYPES  # noqa: F401
 from fivefold.engines._sampling import drawer, log_softmax
 from fivefold.errors import DataError, MissingExtra, ModelError, NotFinite
 from fivefold.model import Model

@@ -98,3 +98,35 @@ def test_nothing_is_pruned_at_zero(tiny):
     done = Wanda(sparsity=0.0, windows=1).apply(model)
     after = dict(read_tensors(done.path))
     assert all(np.array_equal(t.numpy(), after[n].numpy()) for n, t in read_tensors(model.path))
+
+
+@pytest.mark.slow
+def test_on_a_real_model_it_beats_magnitude_at_half_the_weights():
+    from fivefold import bundled
+    from fivefold.errors import DataError
+    from fivefold.tasks.text import windows as text_windows
+    from fivefold.techniques._shared.modules import linears
+    from fivefold.tokenizer import Tokenizer
+
+    try:
+        model = bundled.load("smollm2-135m")
+        held_out = text_windows(Tokenizer(model.tokenizer_file), "encyclopedia", "evaluation", tokens=256, window=256)
+    except DataError as error:
+        pytest.skip(str(error))
+    tokens = torch.tensor(held_out)
+
+    def log_probabilities(module) -> torch.Tensor:
+        with torch.no_grad():
+            return module(tokens).logits[0].log_softmax(-1)
+
+    module = load_module(model)
+    want = log_probabilities(module)
+    Wanda(sparsity=0.5).prune(module, windows(model, 2))
+    by_activation = log_probabilities(module)
+    module = load_module(model)
+    for _, part in linears(module):
+        weight = part.weight.data
+        weight.masked_fill_(Wanda(sparsity=0.5).smallest(weight.abs()), 0)
+    by_magnitude = log_probabilities(module)
+    wanda, magnitude = (float((want.exp() * (want - got)).sum(-1).mean()) for got in (by_activation, by_magnitude))
+    assert wanda < 0.7 * magnitude

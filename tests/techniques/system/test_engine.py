@@ -36,6 +36,16 @@ def test_storage_types_the_engine_does_not_read_are_refused_before_work(tiny, na
     assert not parent.work.exists()
 
 
+def test_openvino_reads_some_storage_types(tiny):
+    pytest.importorskip("openvino_genai")
+    parent = tiny()
+    Recipe.parse('gguf(type="q4_1", embedding="q8_0") + engine(type="openvino") + dtype(type="bfloat16")').check(parent)
+    with pytest.raises(Misfit, match=r"reads GGUF files of f16, q4_0, q4_1, q8_0, not of q5_0"):
+        Recipe.parse('gguf(type="q5_0") + engine(type="openvino")').check(parent)
+    with pytest.raises(Misfit, match="openvino runs caches of"):
+        Recipe.parse('gguf(type="q4_0") + engine(type="openvino") + kv_cache(type="q4_0")').check(parent)
+
+
 def test_a_finished_file_is_judged_by_the_types_in_it(tiny, narrow, tmp_path):
     done = export(Recipe.parse('gguf(type="q4_0", importance=False)').apply(tiny()), tmp_path / "out")
     Recipe.parse('engine(type="llama.cpp")').check(done)

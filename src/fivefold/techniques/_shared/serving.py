@@ -1,8 +1,8 @@
 """What the planned file is, and whether the planned engine can run it: asked before any work.
 
-An engine's module says what it reads in constants: `FORMATS`, and where it has limits `GGUF_TYPES` (storage types),
-`CACHE_TYPES` (key-value cache), `DTYPES` (arithmetic) and `LOOKUP` (whether it drafts from the prompt). A constant
-that is absent means no limit is known, and the engine itself refuses at load.
+An engine's module says what it reads in constants: `FORMATS`, and where it has limits `GGUF_TYPES` (storage types of
+matrices), `CACHE_TYPES` (key-value cache) and `LOOKUP` (False: does not draft from the prompt). A constant that is
+absent means no limit is known, and the engine itself refuses at load.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Int4(Technique):
                 f"{self} does not fit {len(misfits)} of {len(shapes)} linear layers, {count} are {rows} x {columns}:"
                 f" columns must be a multiple of {self.group} and rows of 16; {repair}"
             )
-        chosen = {name: (4, self.group) for name in shapes if name not in misfits}
+        chosen: Layers = {name: (4, self.group) for name in shapes if name not in misfits}
         if self.fallback == "int8":
             chosen |= dict.fromkeys(misfits, (8, 0))
         return chosen, head if self.head == "int8" else [], shapes, misfits
