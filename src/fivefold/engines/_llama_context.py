@@ -55,6 +55,7 @@ class Context:
             )
         self._handle = self._ffi.gc(handle, self._lib.llama_free)
         self._memory = self._lib.llama_get_memory(self._handle)
+        self._model = model  # freed after `_handle`: a context reads its model while it is freed
         self._arrays()
 
     def _arrays(self) -> None:
