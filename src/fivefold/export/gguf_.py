@@ -11,6 +11,7 @@ One tensor at a time is read, transformed, packed and written; the file appears 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -62,13 +63,18 @@ class Exported:
         return np.ascontiguousarray(values, np.float32)
 
 
-def exported_tensors(folder: Path) -> dict[str, Exported]:
-    """Exported name -> tensor, for a Hugging Face folder; nothing is read. What techniques plan types with."""
+@functools.cache
+def _name_map(arch: str, layers: int) -> Any:
     from gguf import MODEL_ARCH, get_tensor_name_map
 
+    return get_tensor_name_map(MODEL_ARCH[arch.upper()], layers)
+
+
+def exported_tensors(folder: Path) -> dict[str, Exported]:
+    """Exported name -> tensor, for a Hugging Face folder; nothing is read. What techniques plan types with."""
     config = read_config(folder)
     family, blueprint = family_of(config), blueprint_of(config)
-    names = get_tensor_name_map(MODEL_ARCH[family.arch.upper()], blueprint.layers)
+    names = _name_map(family.arch, blueprint.layers)
     out: dict[str, Exported] = {}
     for source_name, source in read_tensors(folder):
         if source_name.endswith(IGNORED) or (blueprint.tied and source_name == "lm_head.weight"):

@@ -18,6 +18,7 @@ draft from the prompt, say) is left to the sampler's regression.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class Predictor:
     model: Model
     prompt: int = 128
     output: int = 64
-    _memo: dict[str, tuple[Outline, dict[str, float]]] = field(default_factory=dict, repr=False, compare=False)
+    _memo: dict[Recipe, tuple[Outline, dict[str, float]]] = field(default_factory=dict, repr=False, compare=False)
 
     def outline(self, recipe: Recipe) -> Outline:
         return self._known(recipe)[0]
@@ -78,11 +79,10 @@ class Predictor:
         return self._known(recipe)[1]
 
     def _known(self, recipe: Recipe) -> tuple[Outline, dict[str, float]]:
-        text = str(recipe)
-        if text not in self._memo:
+        if recipe not in self._memo:
             outline = self._outline(recipe)
-            self._memo[text] = outline, self._physics(outline)
-        return self._memo[text]
+            self._memo[recipe] = outline, self._physics(outline)
+        return self._memo[recipe]
 
     def _outline(self, recipe: Recipe) -> Outline:
         model = recipe.plan(self.model)
@@ -124,7 +124,7 @@ class Predictor:
         request = ttft + latency * max(1, self.output - 1)
         cache = o.blueprint.cache_bytes_per_token(o.cache_bytes)
         per_token = request / max(1, self.output)
-        watts = PowerModel.of(self.machine).joules(wall=1.0, cpu=share * cores, cores=cores).value or 0.0
+        watts = _watts(self.machine, share * cores)
         return {
             "flops": limits.flops_per_token, "latency": latency, "ttft": ttft, "request": request, "decode": decode,
             "prefill": prefill, "size": o.weight_bytes, "network": o.weight_bytes, "kv": cache,
@@ -146,6 +146,7 @@ class Forecast:
         self.errors = errors(history)
         """Median |predicted / measured - 1| per metric."""
         self._evidence = self._compare()
+        self._memo: dict[Recipe, Measurement] = {}
         self._built = built_prefixes(history)
         self._steps: dict[str, list[float]] = {}
         for trial in history:
@@ -170,6 +171,11 @@ class Forecast:
 
     def predict(self, recipe: Recipe) -> Measurement:
         """Every metric of `RESOURCES`, modelled; `context` says from how many trials it was calibrated."""
+        if recipe not in self._memo:
+            self._memo[recipe] = self._predict(recipe)
+        return self._memo[recipe]
+
+    def _predict(self, recipe: Recipe) -> Measurement:
         o = self.predictor.outline(recipe)
         quantities = {}
         for metric, value in self.predictor.physics(recipe).items():
@@ -243,6 +249,12 @@ def errors(history: Sequence[Trial]) -> dict[str, Quantity]:
 
 _UNPROVEN = {"size": 0.1, "network": 0.1, "kv": 0.05, "flops": 0.05, "memory": 0.3}
 _DTYPE_TYPE = {"float32": "f32", "bfloat16": "bf16"}
+
+
+@functools.lru_cache(maxsize=64)
+def _watts(machine: Machine, busy: float) -> float:
+    """Power with that many cores busy."""
+    return PowerModel.of(machine).joules(wall=1.0, cpu=busy, cores=machine.cores).value or 0.0
 
 
 def average_bits(recipe: Recipe) -> float | None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 from fivefold.errors import Misfit
 from fivefold.model import Model
@@ -54,10 +55,17 @@ def matrices(model: Model) -> dict[str, tuple[int, int]]:
 
     Columns are the inputs, the direction blocks run in. Raises ModelError for a family GGUF does not know.
     """
+    stamps = tuple((f.name, f.stat().st_mtime_ns) for f in sorted(model.path.iterdir()) if f.suffix != ".txt")
+    return dict(_matrices(model.path, stamps))
+
+
+@lru_cache(maxsize=32)
+def _matrices(path: Path, stamps: tuple[tuple[str, int], ...]) -> dict[str, tuple[int, int]]:
+    """`stamps` changes when a file of the folder does; a search asks for the same shapes thousands of times."""
     from fivefold.export.gguf_ import exported_tensors
 
     found = {}
-    for name, tensor in exported_tensors(model.path).items():
+    for name, tensor in exported_tensors(path).items():
         if tensor.is_matrix:
             rows, columns = tensor.shape
             found[name] = (rows, columns)
