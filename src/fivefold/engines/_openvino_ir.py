@@ -18,6 +18,7 @@ from fivefold.files import atomic_folder, locked, sha256
 from fivefold.paths import cache_dir
 from fivefold.weights import gguf_header
 
+FAMILIES = ("llama", "qwen2", "qwen3")
 MATRIX_TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1")
 TIMEOUT_S = 1800
 
@@ -35,6 +36,12 @@ def converted(gguf: Path) -> Path:
 
 def _check(gguf: Path) -> None:
     header = gguf_header(gguf)
+    family = header.metadata.get("general.architecture")
+    if family not in FAMILIES:
+        raise ModelError(
+            f"openvino reads GGUF of the families {', '.join(FAMILIES)}, and {gguf.name} is {str(family)[:40]};"
+            " choose another engine"
+        )
     bad = sorted({t.type for t in header.tensors if len(t.shape) > 1 and t.type not in MATRIX_TYPES})
     if bad:
         raise ModelError(
