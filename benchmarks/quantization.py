@@ -36,7 +36,9 @@ from fivefold.files import atomic_file
 from fivefold.model import ExportPlan, Model
 from fivefold.paths import cache_dir
 from fivefold.recipe import Recipe
+from fivefold.tasks.text import windows
 from fivefold.techniques._shared import calibration, gguf_types
+from fivefold.tokenizer import Tokenizer
 
 WINDOW = 512
 PLAIN = ("iq4_nl", "q5_0", "q5_1", "q8_0")
@@ -45,15 +47,9 @@ DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 Array = NDArray[Any]
 
 
-def evaluation_tokens(model: Model, windows: int) -> Array:
-    """(windows, 512) tokens of leads that are not set aside for calibration, spread over the collection."""
-    from tokenizers import Tokenizer
-
-    leads = json.loads(bundled.fetch("encyclopedia").read_text(encoding="utf-8"))
-    unseen = [lead["extract"] for title, lead in sorted(leads.items()) if not calibration.set_aside(title)]
-    text = "\n\n".join(unseen[:: max(1, len(unseen) // (40 * windows))])
-    ids = Tokenizer.from_file(str(model.tokenizer_file)).encode(text, add_special_tokens=False).ids
-    return np.array(ids[: windows * WINDOW], np.int64).reshape(windows, WINDOW)
+def evaluation_tokens(model: Model, count: int) -> Array:
+    """(count, 512) tokens of the encyclopedia's evaluation split."""
+    return np.array(windows(Tokenizer(model.path), "encyclopedia", "evaluation", count * WINDOW, WINDOW), np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +66,8 @@ class Row:
 class Judge:
     """KL, agreement and loss of files against the parent's answers, which are kept in half precision."""
 
-    def __init__(self, parent: Model, windows: int, work: Path) -> None:
-        self.tokens = evaluation_tokens(parent, windows)
+    def __init__(self, parent: Model, count: int, work: Path) -> None:
+        self.tokens = evaluation_tokens(parent, count)
         sums = hashlib.sha256(self.tokens.tobytes() + str(parent.path.name).encode()).hexdigest()[:16]
         self.file = cache_dir() / "benchmarks" / f"parent-{sums}.npy"
         if not self.file.is_file():

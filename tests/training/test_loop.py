@@ -30,7 +30,7 @@ def line() -> tuple[torch.nn.Parameter, object]:
 
 def test_finds_the_line() -> None:
     weight, loss = line()
-    done = fit(plan(), [Group(parameters=[weight])], loss, TOKENS, lambda: float(loss(TOKENS)))
+    done = fit(plan(), [Group(parameters=[weight])], loss, TOKENS, lambda: float(loss(TOKENS).detach()))
     np.testing.assert_allclose(weight.detach().numpy(), [3, -1], atol=0.15)
     assert done.after < 0.01 * done.before
     assert done.steps == 200 and done.tokens == 200 * 16
@@ -40,7 +40,7 @@ def test_accumulation_equals_one_large_batch() -> None:
     ends = []
     for at_once in (1, 4):
         weight, loss = line()
-        fit(plan(steps=5), [Group(parameters=[weight])], loss, TOKENS, lambda loss=loss: float(loss(TOKENS)), at_once=at_once)
+        fit(plan(steps=5), [Group(parameters=[weight])], loss, TOKENS, lambda loss=loss: float(loss(TOKENS).detach()), at_once=at_once)
         ends.append(weight.detach().clone())
     torch.testing.assert_close(*ends)
 

@@ -124,8 +124,9 @@ def _accumulate(loss: Callable[[Tokens], torch.Tensor], batch: Tokens, at_once: 
     for first in range(0, len(batch), at_once):
         part = batch[first : first + at_once]
         value = loss(part)
-        if not math.isfinite(float(value)):
-            raise NotFinite(f"the training loss became {float(value)}; lower the learning rate")
+        reached = float(value.detach())
+        if not math.isfinite(reached):
+            raise NotFinite(f"the training loss became {reached}; lower the learning rate")
         (value * (len(part) / len(batch))).backward()
 
 
