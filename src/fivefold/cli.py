@@ -42,11 +42,15 @@ def optimize(
     """Search for cheaper recipes within a budget; leaves a measured front, a report and artifacts."""
     from fivefold import display, verbs
 
-    with display.LiveStudy() as live:
-        study = verbs.optimize(
-            model, out=out, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text,
-            country=country, sampler=sampler, seed=seed, events=live,
-        )
+    try:
+        with display.LiveStudy() as live:
+            study = verbs.optimize(
+                model, out=out, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text,
+                country=country, sampler=sampler, seed=seed, events=live,
+            )
+    except KeyboardInterrupt:
+        print("\nfivefold: stopped; nothing is lost, the same command goes on", file=sys.stderr)
+        raise typer.Exit(130) from None
     display.result(study)
 
 
@@ -165,9 +169,6 @@ def main(arguments: list[str] | None = None) -> Any:
     except FivefoldError as error:
         print(f"fivefold: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("\nfivefold: stopped; nothing is lost, the same command goes on", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

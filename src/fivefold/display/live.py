@@ -120,7 +120,8 @@ def line(trial: Trial, front: Sequence[int]) -> Text:
         )
         return Text.assemble((f"{'●' if best else '·'} {trial.recipe}  ", "green" if best else "dim"), (values, "dim"))
     if trial.outcome is Outcome.SCREENED:
-        return Text(f"○ {trial.recipe}  screened, not promoted", style="dim")
+        kl = trial.screen.value("kl")
+        return Text(f"○ {trial.recipe}  screened" + (f", kl {kl:.3g}" if kl is not None else ""), style="dim")
     mark = "~" if trial.outcome is Outcome.PREDICTED else "×"
     style = "dim" if trial.outcome is Outcome.PREDICTED else "red"
     return Text(f"{mark} {trial.recipe}  {trial.outcome}: {trial.sentence}", style=style)

@@ -41,7 +41,8 @@ def plan(planned: Any, out: Console | None = None) -> None:
     out.print(Text("plan", style="bold"))
     out.print(f"  searches {', '.join(planned.techniques)}: up to {planned.recipes:,.0f} recipes")
     for name, why in planned.dropped.items():
-        out.print(Text(f"  not searched: {name}, {why}", style="dim"))
+        if "(" not in name:
+            out.print(Text(f"  not searched: {why}", style="dim"))
     out.print(
         f"  parent about {show(planned.baseline.value, 's')}, each trial about {show(planned.trial.value, 's')};"
         f" {planned.trials.value:.0f} trials in {show(planned.time.value, 's')}"
