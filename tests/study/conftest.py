@@ -1,6 +1,5 @@
 """The made-up model, written once per session."""
 
-from pathlib import Path
 
 import pytest
 from made_up import bare_model

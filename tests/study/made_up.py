@@ -92,10 +92,11 @@ def formula(recipe: str) -> dict[str, float]:
     }
 
 
+TYPES = ("q8_0", "q5_1", "q5_0", "q4_0")
 RECIPES = ["parent"] + [
     " + ".join(filter(None, [prune, gguf, cache, threads]))
     for prune in ("", "prune_depth(layers=1)")
-    for gguf in ("", *(f'gguf(type="{t}"{i})' for t in ("q8_0", "q5_1", "q5_0", "q4_0") for i in ("", ", importance=False")))
+    for gguf in ("", *(f'gguf(type="{t}"{i})' for t in TYPES for i in ("", ", importance=False")))
     for cache in ("", 'kv_cache(type="q8_0")', 'kv_cache(type="q4_0")') if gguf or not cache
     for threads in ("", "threads(count=1)", "threads(count=2)")
     if prune or gguf or cache or threads
@@ -113,7 +114,7 @@ def made_up_table() -> list[Trial]:
         failed = 'q4_0' in text and "prune_depth" in text and "threads(count=2)" in text
         builds = "gguf" in text or "prune" in text
         screen = measured({"kl": values["kl"] * 1.1, "agreement": values["agreement"] * 0.99})
-        spent = {"build": 10.0 if builds else 0.0, "screen": 1.0, "measure": 2 + 60 * values["request"], "quality": 2.0}
+        spent = {"build": 10.0 if builds else 0.0, "screen": 1.0, "measure": 2 + 10 * values["request"], "quality": 2.0}
         out.append(Trial(
             number=number, recipe=text, outcome=Outcome.OUT_OF_MEMORY if failed else Outcome.MEASURED,
             sentence="used more than the cap" if failed else "", screen=Measurement({}) if failed else screen,

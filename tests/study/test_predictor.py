@@ -55,7 +55,8 @@ def test_trials_that_were_not_measured_teach_no_speed(predictor: Predictor) -> N
 
 
 def test_errors_judge_the_stored_prediction(predictor: Predictor) -> None:
-    trials = [trial(i, str(Q8), latency=1.0).but(predicted=measured({"latency": g})) for i, g in enumerate((1.1, 0.7, 1.5))]
+    guesses = enumerate((1.1, 0.7, 1.5))
+    trials = [trial(i, str(Q8), latency=1.0).but(predicted=measured({"latency": g})) for i, g in guesses]
     found = errors(trials)["latency"]
     assert found.value == pytest.approx(0.3) and found.n == 3
     assert errors([trial(0, "parent", latency=1.0).but(predicted=measured({"latency": 5.0}))]) == {}
@@ -90,13 +91,15 @@ def test_slower_than_the_parent_is_an_objection_when_time_matters(predictor: Pre
 
 def test_seconds_count_no_prefix_twice(predictor: Predictor) -> None:
     built = trial(1, 'prune_depth(layers=1) + gguf(type="q8_0")').but(
-        artifact="k", spent={"step.prune_depth": 7.0, "step.gguf": 3.0, "step.export": 2.0, "measure": 4.0, "quality": 1.0}
+        artifact="k",
+        spent={"step.prune_depth": 7.0, "step.gguf": 3.0, "step.export": 2.0, "measure": 4.0, "quality": 1.0},
     )
     forecast = predictor.after([trial(0, "parent", latency=1.0), built])
     seconds = {
         text: forecast.seconds(Recipe.parse(text))["build"] for text in (
             'prune_depth(layers=1) + gguf(type="q8_0") + threads(count=1)',
-            'prune_depth(layers=1) + gguf(type="q4_0")', 'prune_depth(layers=2) + gguf(type="q4_0")', "threads(count=1)",
+            'prune_depth(layers=1) + gguf(type="q4_0")', 'prune_depth(layers=2) + gguf(type="q4_0")',
+            "threads(count=1)",
         )
     }
     assert list(seconds.values()) == [0.0, 5.0, 12.0, 0.0]

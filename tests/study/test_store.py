@@ -12,7 +12,8 @@ from fivefold.study.store import Store
 
 
 def test_trials_come_back_as_they_were(tmp_path: Path) -> None:
-    trials = [trial(0, "parent", latency=1.0), trial(1, 'gguf(type="q8_0")', latency=0.5).but(sentence="é", artifact="k")]
+    second = trial(1, 'gguf(type="q8_0")', latency=0.5).but(sentence="é", artifact="k")
+    trials = [trial(0, "parent", latency=1.0), second]
     with Store(tmp_path).writing() as store:
         for t in trials:
             store.put(t)

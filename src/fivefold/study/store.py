@@ -120,7 +120,8 @@ class Store:
                 return self._writer.execute(query).fetchall()
             reader = sqlite3.connect(self.file.resolve().as_uri() + "?mode=rw", uri=True, isolation_level=None)
             try:
-                return reader.execute(query).fetchall()
+                tables = {name for (name,) in reader.execute("SELECT name FROM sqlite_master")}
+                return reader.execute(query).fetchall() if {"meta", "trial"} <= tables else []
             finally:
                 reader.close()
 
@@ -134,6 +135,8 @@ class Store:
         try:
             yield
         except sqlite3.OperationalError as error:
+            if "locked" in str(error):
+                raise Busy(f"another process holds {self.file}; try again when it is done") from None
             if "full" in str(error) or "readonly" in str(error) or "unable to open" in str(error):
                 raise StoreError(
                     f"{self.file} cannot be written ({error}); free disk space or check its rights"

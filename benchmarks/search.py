@@ -1,0 +1,127 @@
+"""Compare samplers on recorded trials at equal spend: ours, random, TPE, NSGA-II.
+
+    python benchmarks/search.py table.json --objectives latency,size,kl --budget "size<=0.5x" --out search.json
+
+`table.json` is a `fivefold.testing.Table` (`--record STUDY` writes one from a study's folder). Each sampler replays the
+table through the same policy (predict, screen, verify), five seeds, until its trials have cost `--seconds` (default:
+a third of what the whole table cost). Reported: hypervolume of the front within the budget over seconds spent, as a
+share of the hypervolume of the whole table's front, median and range over seeds. The numbers are the same on every
+machine; only the time to compute them differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from fivefold.budget import Allowance, Budget, objectives
+from fivefold.machine import Machine
+from fivefold.model import Model, load
+from fivefold.study.pareto import Goal, Point, front, hypervolume, point, values_of
+from fivefold.study.policy import Policy, spent_seconds
+from fivefold.study.predictor import Predictor
+from fivefold.study.sampler import NAMES, make
+from fivefold.study.study import Study
+from fivefold.study.trial import Trial
+from fivefold.testing import ReplayMeter, Table
+
+SEEDS = 5
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+class Ruler:
+    """Hypervolume of trials as a share of the whole table's; the reference is the table's worst place, 10 % beyond."""
+
+    def __init__(self, table: Table, goal: Goal) -> None:
+        self.goal = goal
+        self.parent = values_of(table.trials["parent"])
+        known = [p for t in table.trials.values() if (p := point(values_of(t), goal.objectives)) is not None]
+        low, high = ([pick(c) for c in zip(*known, strict=True)] for pick in (min, max))
+        self.reference = tuple(b + 0.1 * (b - a) for a, b in zip(low, high, strict=True))
+        self.best = self._volume(list(table.trials.values()))
+
+    def _volume(self, trials: Sequence[Trial]) -> float:
+        points: list[Point] = []
+        for trial in front(trials, self.goal, self.parent):
+            place = point(values_of(trial), self.goal.objectives)
+            assert place is not None
+            points.append(place)
+        return hypervolume(points, self.reference)
+
+    def share(self, trials: Sequence[Trial]) -> float:
+        return self._volume(trials) / self.best if self.best else 0.0
+
+
+def replay(table: Table, goal: Goal, predictor: Predictor, name: str, seed: int, seconds: float) -> list[Trial]:
+    """The trials a sampler would have run, in order."""
+    policy = Policy(
+        goal, table.space(), make(name, goal, predictor), predictor, Allowance(time=seconds), seed, len(table.trials)
+    )
+    with TemporaryDirectory() as folder:
+        return Study(folder).run(policy, ReplayMeter(table), {}).trials
+
+
+def curve(trials: Sequence[Trial], ruler: Ruler, seconds: float) -> list[float]:
+    """Share of the best hypervolume after each of `SHARES` of the spend. A trial counts when it is paid for."""
+    out = []
+    for share in SHARES:
+        paid, spent = [], 0.0
+        for trial in trials:
+            spent += spent_seconds([trial])
+            if spent > share * seconds:
+                break
+            paid.append(trial)
+        out.append(ruler.share(paid))
+    return out
+
+
+def compare(
+    table: Table, goal: Goal, model: Model, machine: Machine, seconds: float, seeds: int = SEEDS
+) -> dict[str, dict[str, list[float]]]:
+    """Sampler -> hypervolume over spend: median, least and most over seeds, and trials run."""
+    ruler = Ruler(table, goal)
+    predictor = Predictor(machine, model)
+    result: dict[str, dict[str, list[float]]] = {}
+    for name in NAMES:
+        runs = [replay(table, goal, predictor, name, seed, seconds) for seed in range(seeds)]
+        curves = list(zip(*(curve(trials, ruler, seconds) for trials in runs), strict=True))
+        result[name] = {
+            "spend": [share * seconds for share in SHARES], "median": [median(c) for c in curves],
+            "least": [min(c) for c in curves], "most": [max(c) for c in curves],
+            "trials": [len(trials) for trials in runs],
+        }
+    return result
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--record", type=Path, help="folder of a study to write the table from, and stop")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--objectives", default="latency,size,kl")
+    parser.add_argument("--budget", default="")
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args(arguments)
+    if given.record:
+        Table.of(Study.open(given.record).trials).save(given.table)
+        return
+    table = Table.load(given.table)
+    goal = Goal(objectives(given.objectives), Budget.parse(given.budget))
+    seconds = given.seconds or spent_seconds(list(table.trials.values())) / 3
+    found = compare(table, goal, load(given.model), Machine.load(), seconds, given.seeds)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"{'sampler':10}" + "".join(f"{share:>8.0%}" for share in SHARES) + f"   of {seconds:.0f} s")
+    for name, row in found.items():
+        print(f"{name:10}" + "".join(f"{v:8.3f}" for v in row["median"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
