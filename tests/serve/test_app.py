@@ -158,7 +158,7 @@ def test_other_statuses(launch: Launch) -> None:
     assert caught.value.code == "model_not_found"
     url = f"{server.url}/v1/chat/completions"
     assert httpx.post(url, content=json.dumps(BODY), headers={"Content-Type": "text/plain"}).status_code == 415
-    assert httpx.post(url, json={"x": "y" * 2000}).status_code == 413
+    assert httpx.post(url, json={"x": "y" * 15_000}).status_code == 413
 
     def chunks() -> Any:
         yield from [b"x" * 600] * 3
@@ -221,6 +221,13 @@ def test_a_client_that_leaves_the_queue_frees_its_place(launch: Launch, parts: A
         assert parts.until(lambda: server.app.state.worker.load() == (1, 0), 2)
     assert parts.until(lambda: server.app.state.worker.load() == (0, 0), 3)
     assert len(server.session.calls) == 1
+    assert server.metric("cancelled_total") == 2
+
+
+def test_a_large_body_is_refused_so_that_its_sender_can_read_it(launch: Launch) -> None:
+    url = f"{launch(max_body=1 << 18).url}/v1/completions"
+    for _ in range(10):
+        assert httpx.post(url, json={"prompt": "x" * (3 << 20)}).status_code == 413
 
 
 def test_a_request_that_takes_too_long_is_504_and_frees_the_engine(launch: Launch, parts: Any) -> None:

@@ -21,12 +21,17 @@ def markdown(data: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+_PLAIN = str.maketrans({**{mark: f"\\{mark}" for mark in "\\`*_[]#"}, **{mark: f"&#{ord(mark)};" for mark in "&<>|"}})
+
+
 def text(value: Any) -> str:
     """One table cell: no pipe, line break or markup survives."""
-    out = "" if value is None else " ".join(str(value).split())
-    for mark in "\\`*_[]<>|#":
-        out = out.replace(mark, f"&#{ord(mark)};" if mark in "<>|" else f"\\{mark}")
-    return out
+    return "" if value is None else " ".join(str(value).split()).translate(_PLAIN)
+
+
+def code(value: str) -> str:
+    """A recipe as a code span; as escaped text where it holds what a code span cannot."""
+    return text(value) if set("`<>|&\n") & set(value) or not value.strip() else f"`{value}`"
 
 
 def quantity(cell: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
@@ -65,7 +70,7 @@ def _picks(data: Mapping[str, Any]) -> str:
     rows = [
         [data["metrics"][n]["label"], *(quantity(t["values"].get(n), data["marks"]) for _, t in known)] for n in names
     ]
-    recipes = "\n".join(f"- {text(role)}: trial {t['number']}, {text(t['recipe'])}" for role, t in known)
+    recipes = "\n".join(f"- {text(role)}: trial {t['number']}, {code(t['recipe'])}" for role, t in known)
     return f"{lead}{recipes}\n\n" + table(["", *(text(role) for role, _ in known)], rows)
 
 
@@ -76,7 +81,7 @@ def _trials(data: Mapping[str, Any]) -> str:
     names = [n for n in CORE if n in data["metrics"]]
     front = set(data["front"])
     rows = [
-        [f"{t['number']}{' (front)' if t['number'] in front else ''}", text(t["recipe"]),
+        [f"{t['number']}{' (front)' if t['number'] in front else ''}", code(t["recipe"]),
          *(quantity(t["values"].get(n), data["marks"]) for n in names), text("; ".join(t["coverage"]))]
         for t in done
     ]
@@ -84,7 +89,7 @@ def _trials(data: Mapping[str, Any]) -> str:
 
 
 def _failures(data: Mapping[str, Any]) -> str:
-    rows = [[str(t["number"]), text(t["recipe"]), t["outcome"], text(t["sentence"])]
+    rows = [[str(t["number"]), code(t["recipe"]), t["outcome"], text(t["sentence"])]
             for t in data["trials"] if t["failed"] or t["outcome"] == "predicted"]
     return "## Refused, failed, or dropped before any work\n\n" + (
         table(["", "recipe", "outcome", "why"], rows) if rows else "None."

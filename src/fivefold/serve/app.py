@@ -32,6 +32,8 @@ from fivefold.serve.ledger import Ledger
 from fivefold.serve.wire import Ask, Kind, Prompt, Refusal, dumps, parse
 from fivefold.serve.worker import Decoder, Job, Worker
 
+DISCARDED = 16
+"""How many times `max_body` is read of a body that is refused anyway."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -189,25 +191,30 @@ async def _answer(request: Request, kind: Kind, number: str) -> Response:
 
 
 async def _body(request: Request, limits: Limits) -> bytes:
-    """At most `max_body` bytes of JSON, within `upload` seconds."""
+    """At most `max_body` bytes of JSON, within `upload` seconds.
+
+    A body that is too large is read on and thrown away for a while: a client that is still sending when the connection
+    closes would see a reset instead of the answer.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refusal(415, "send the body with Content-Type: application/json")
     close = {"Connection": "close"}
     large = Refusal(413, f"the body is larger than {limits.max_body} bytes; shorten it", headers=close)
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limits.max_body:
-        raise large
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(limits.upload):
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limits.max_body:
-                    raise large
+                size += len(chunk)
+                if size <= limits.max_body:
+                    body += chunk
+                elif size > DISCARDED * limits.max_body:
+                    break
     except TimeoutError:
         raise Refusal(408, f"the body did not arrive within {limits.upload:g} s; send it again",
                       headers=close) from None
+    if size > limits.max_body:
+        raise large
     return bytes(body)
 
 

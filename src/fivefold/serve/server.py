@@ -20,10 +20,14 @@ from fivefold.model import Model, load
 SECONDS_OF_GRACE = 30
 
 
+def say(sentence: str) -> None:
+    print(sentence, flush=True)
+
+
 def serve(
     path: Model | str | Path, host: str = "127.0.0.1", port: int = 8080, key: str | None = None, *,
     max_queue: int = 16, max_tokens: int = 1024, max_body: int = 1 << 20, timeout: float = 600.0,
-    grace: float = SECONDS_OF_GRACE, ready: Callable[[str], None] = print,
+    grace: float = SECONDS_OF_GRACE, ready: Callable[[str], None] = say,
 ) -> None:
     """Serve a model, an artifact folder, a GGUF file or a bundled name until stopped. Port 0 picks a free one.
 
@@ -78,7 +82,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(
-    app: Any, listener: socket.socket, *, grace: float = SECONDS_OF_GRACE, ready: Callable[[str], None] = print
+    app: Any, listener: socket.socket, *, grace: float = SECONDS_OF_GRACE, ready: Callable[[str], None] = say
 ) -> None:
     """Serve `app` on the socket until a signal. A session that cannot be opened raises its own error."""
     import uvicorn

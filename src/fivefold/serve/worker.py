@@ -118,6 +118,7 @@ class Worker:
             job.cancelled.set()
             with contextlib.suppress(ValueError):
                 self._waiting.remove(job)
+                self._ledger.add("cancelled")
 
     def drain(self) -> None:
         """Refuse all that waits and all that comes; the running job goes on."""

@@ -49,10 +49,10 @@ function logTicks(low, high, count) {
   for (const steps of [[1], [1, 3], [1, 2, 5], [1, 1.5, 2, 3, 4, 5, 7]]) {
     const out = [];
     for (let e = Math.floor(Math.log10(low)); e <= Math.ceil(Math.log10(high)); e++)
-      for (const m of steps) if (m * 10 ** e >= low * 0.999 && m * 10 ** e <= high * 1.001) out.push(m * 10 ** e);
+      for (const m of steps) if (m * 10 ** e >= low * 0.999 && m * 10 ** e <= high * 1.001) out.push([m * 10 ** e, m]);
     if (out.length >= Math.min(3, count)) {
       const every = Math.ceil(out.length / (count + 2));
-      return out.filter((_, i) => i % every === 0).map((v) => [v, digits(v, v)]);
+      return out.filter((_, i) => i % every === 0).map(([v, m]) => [v, digits(v, m === 1.5 ? v / 10 : v)]);
     }
   }
   return linearTicks(low, high, count);

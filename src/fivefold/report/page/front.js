@@ -182,6 +182,6 @@ function unmeasured() {
   const rest = DATA.trials.filter((t) => t.failed || t.outcome === "predicted");
   if (!rest.length) return el("p", { class: "note" }, "No trial was refused or failed.");
   const rows = rest.map((t) => [t.number, el("code", {}, t.recipe), t.outcome, t.sentence]);
-  return el("details", {}, el("summary", {}, `${rest.length} trials were refused, failed, or were dropped before any work: why`),
+  return el("details", {}, el("summary", {}, `Refused, failed, or dropped before any work, and why (${rest.length})`),
     grid(["trial", "recipe", "outcome", "why"], rows, [0]));
 }
