@@ -67,7 +67,9 @@ def check_engine(model: Model, owner: str) -> None:
         repair = 'add gguf(type="f16") or a smaller type' if "gguf" in module.FORMATS else "remove the GGUF technique"
         raise Misfit(f"{owner} reads {' or '.join(module.FORMATS)}, and this recipe makes {planned}; {repair}")
     readable = getattr(module, "GGUF_TYPES", None)
-    strange = sorted(planned_types(model) - {t.lower() for t in readable}) if readable is not None else []
+    if readable is None:
+        return
+    strange = sorted(planned_types(model) - {t.lower() for t in readable})
     if strange:
         known = ", ".join(sorted(t.lower() for t in readable))
         raise Misfit(
