@@ -160,7 +160,7 @@ def write_packed(source: Path, target: Path, layers: Mapping[str, tuple[int, int
     tensors: dict[str, Any] = dict(stored)
     for name, (bits, group) in layers.items():
         weight = tensors.pop(f"{name}.weight", None)
-        if weight is None or len(weight.shape) != 2 or not packable(*weight.shape, bits, group):
+        if weight is None or len(weight.shape) != 2 or not packable(weight.shape[0], weight.shape[1], bits, group):
             raise ModelError(f"{name} of {source} cannot be packed to {bits} bits in groups of {group}; leave it out")
         tensors.update({f"{name}.{k}": v for k, v in pack(weight.torch(), bits, group).items()})
     manifest = {"version": 1, "layers": {n: {"bits": b, "group": g} for n, (b, g) in layers.items()}}
@@ -173,9 +173,9 @@ def read_manifest(folder: Path) -> dict[str, dict[str, int]]:
     file = folder / MANIFEST
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        layers = data["layers"] if data["version"] == 1 else None
-        if all(v["bits"] in (4, 8) and isinstance(k, str) for k, v in layers.items()):
-            return dict(layers)
+        layers: dict[str, dict[str, int]] = data["layers"]
+        if data["version"] == 1 and all(layer["bits"] in (4, 8) for layer in layers.values()):
+            return layers
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise ModelError(f"{file} is not a list of packed layers this version reads; make the artifact again")
@@ -217,11 +217,11 @@ def _replace(model: nn.Module, name: str, tensors: dict[str, Tensor], dtype: tor
 
 
 def _tie(model: nn.Module) -> None:
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
         head: nn.Module = PackedLinear({"qweight": embedding.qweight, "scale": embedding.scale})
-        model.set_output_embeddings(head)  # type: ignore[operator]
+        model.set_output_embeddings(head)
     else:
-        head = model.get_output_embeddings()  # type: ignore[operator]
+        head = model.get_output_embeddings()
         if not isinstance(head, PackedLinear):
             head.weight = embedding.weight
