@@ -3,6 +3,8 @@
 Decoding one token reads every weight once, so beyond the thread that saturates memory bandwidth another one only adds
 barriers; prefill is arithmetic and scales further. On a shared machine fewer threads also draw less power: the best
 count depends on workload and machine, which is why it is searched. It changes no weight and no answer.
+
+Source: the roofline model (Williams, Waterman, Patterson, CACM 2009).
 """
 
 from __future__ import annotations
