@@ -37,5 +37,6 @@ class Int8(Technique):
     def apply(self, model: Model) -> Model:
         shapes, head = linear_shapes(model, str(self))
         chosen = dict.fromkeys([*shapes, *(head if self.head == "int8" else [])], (8, 0))
-        kept = "" if self.head == "int8" else "; embedding and head kept"
-        return packed(model, "int8", chosen).covered(f"int8: {len(shapes)} of {len(shapes)} linear layers{kept}")
+        rest = "in 8 bits" if self.head == "int8" else "kept"
+        said = f"int8: {len(shapes)} of {len(shapes)} linear layers; embedding and head {rest}"
+        return packed(model, "int8", chosen).covered(said)
