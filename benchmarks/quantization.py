@@ -31,7 +31,6 @@ from fivefold import bundled
 from fivefold.engines import open_session
 from fivefold.engines._quantize import dequantize, quantize
 from fivefold.export import export
-from fivefold.export.gguf_ import exported_tensors
 from fivefold.files import atomic_file
 from fivefold.model import ExportPlan, Model
 from fivefold.paths import cache_dir
@@ -92,9 +91,14 @@ class Judge:
             same.append(ours.argmax(1) == reference.argmax(1))
             loss.append(-ours[np.arange(WINDOW - 1), window[1:]])
         return Row(
-            name=name, megabytes=model.path.stat().st_size / 1e6, kl=float(np.mean(kl)), note=note,
+            name=name, megabytes=weight_bytes(model) / 1e6, kl=float(np.mean(kl)), note=note,
             agreement=float(np.mean(same)), loss=float(np.mean(loss)), decode=decode_speed(model) if speed else None,
         )
+
+
+def weight_bytes(model: Model) -> int:
+    files = model.path.glob("*.safetensors") if model.path.is_dir() else [model.path]
+    return sum(file.stat().st_size for file in files)
 
 
 def decode_speed(model: Model, tokens: int = 64, rounds: int = 3) -> float:
@@ -199,7 +203,8 @@ def overhead(parent: Model, work: Path) -> float:
 def plain_file(parent: Model, megabytes: float, work: Path, extra: float) -> Model:
     shapes = gguf_types.matrices(parent)
     types = plain_choice(plain_damage(parent), shapes, megabytes * 1e6 - extra)
-    return export(parent.but(export=ExportPlan(format="gguf", default="q8_0", types=types)), work / f"plain-{megabytes}")
+    plan = ExportPlan(format="gguf", default="q8_0", types=types)
+    return export(parent.but(export=plan), work / f"plain-{megabytes}")
 
 
 def our_file(parent: Model, megabytes: float, rounding: str, work: Path, extra: float) -> Model:
@@ -211,7 +216,8 @@ def our_file(parent: Model, megabytes: float, rounding: str, work: Path, extra: 
 
 
 def table(rows: Sequence[Row], reference: Callable[[Row], Row | None]) -> str:
-    lines = ["| file | MB | KL | ratio to the plain solver | agreement | log-loss | decode tok/s |", "|---|" + "---|" * 6]
+    heads = "| file | MB | KL | ratio to the plain solver | agreement | log-loss | decode tok/s |"
+    lines = [heads, "|---|" + "---|" * 6]
     for row in rows:
         against = reference(row)
         ratio = f"{row.kl / against.kl:.2f}" if against else ""

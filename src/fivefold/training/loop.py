@@ -77,14 +77,11 @@ def fit(
     score: Callable[[], float],
     *,
     checks: int = 4,
-    at_once: int = 2,
-    after_step: Callable[[], None] | None = None,
-    seconds: float = math.inf,
+    at_once: int = 4,
 ) -> Fitted:
     """Minimise `loss(rows of tokens)` (a mean over tokens) and end at the lowest `score()`.
 
-    `at_once` sequences pass through the model together. `after_step` runs after every update (a mask, a projection).
-    With `seconds` the schedule follows whichever is further along, steps or time.
+    `score` is asked before the first step and `checks` times more; `at_once` sequences pass the model together.
     """
     import torch
 
@@ -97,27 +94,24 @@ def fit(
     best, history = _Best(parameters), [(0, score())]
     best.offer(0, history[0][1])
     rows = max(1, plan.tokens_per_step // tokens.shape[1])
-    started, step, done = time.monotonic(), 0, 0
+    started = time.monotonic()
     stream = batches(tokens, rows, plan.seed)
-    due = [math.ceil(plan.steps * (k + 1) / checks) for k in range(checks)]
-    while step < plan.steps:
-        step = max(step, min(plan.steps - 1, int(plan.steps * (time.monotonic() - started) / seconds)))
+    due = {math.ceil(plan.steps * (k + 1) / checks) for k in range(checks)}
+    for step in range(plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * group["share"] * rate_at(step, plan)
         _accumulate(loss, next(stream), at_once)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if after_step is not None:
-            after_step()
-        step, done = step + 1, done + 1
-        if step >= due[0] or step == plan.steps:
-            due = [d for d in due if d > step] or [plan.steps]
-            history.append((step, score()))
+        if step + 1 in due:
+            history.append((step + 1, score()))
             best.offer(*history[-1])
     best.restore()
-    return Fitted(before=history[0][1], after=best.score, best_step=best.step, steps=done, tokens=done * rows * tokens.shape[1],
-                  seconds=time.monotonic() - started, history=tuple(history))
+    return Fitted(
+        before=history[0][1], after=best.score, best_step=best.step, steps=plan.steps, history=tuple(history),
+        tokens=plan.steps * rows * tokens.shape[1], seconds=time.monotonic() - started,
+    )
 
 
 def _accumulate(loss: Callable[[Tokens], torch.Tensor], batch: Tokens, at_once: int) -> None:

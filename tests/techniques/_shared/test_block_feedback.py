@@ -27,7 +27,8 @@ def test_two_blocks_follow_the_optimal_correction() -> None:
     packed = round_with_feedback(matrix, "q4_0", hessian, factor(hessian, 0.0))
     weights, half = importance(hessian), packed.shape[1] // 2
     first = dequantize(quantize(matrix[:, :32], "q4_0", weights[:32]), "q4_0", (16, 32))
-    wanted = matrix[:, 32:] - (first - matrix[:, :32]) @ (hessian[:32, 32:] @ torch.linalg.inv(hessian[32:, 32:])).numpy()
+    gain = (hessian[:32, 32:] @ torch.linalg.inv(hessian[32:, 32:])).numpy()
+    wanted = matrix[:, 32:] - (first - matrix[:, :32]) @ gain
     np.testing.assert_allclose(dequantize(packed[:, :half], "q4_0", (16, 32)), first)
     second = dequantize(quantize(wanted.astype(np.float32), "q4_0", weights[32:]), "q4_0", (16, 32))
     assert np.mean(np.isclose(dequantize(packed[:, half:], "q4_0", (16, 32)), second, atol=1e-3)) > 0.99

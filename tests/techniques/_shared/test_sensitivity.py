@@ -33,7 +33,8 @@ def test_prediction_is_near_the_measured_kl(tiny: Callable[..., Model], family: 
     for name, part in module.named_modules():
         if not is_linear(part):
             continue
-        exported = "output.weight" if part is module.get_output_embeddings() else names[stored_name(module, names, f"{name}.weight")]
+        head = part is module.get_output_embeddings()
+        exported = "output.weight" if head else names[stored_name(module, names, f"{name}.weight")]
         weight = matrix(part)
         torch.manual_seed(1)
         error = 0.03 * weight.std() * torch.randn_like(weight)

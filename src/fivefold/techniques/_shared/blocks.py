@@ -31,6 +31,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 SUB = 16
+Plane = tuple[int, int, Bytes, Bytes]
 """S and B are constant over this many elements in every type."""
 
 
@@ -44,15 +45,15 @@ class Layout:
     zero: int
     top: int
     table: bool
-    planes: tuple[tuple[int, int, Bytes, Bytes], ...]
+    planes: tuple[Plane, ...]
 
 
-def _plane(count: int, first: int, width: int, place: Callable[[int], tuple[int, int]]) -> tuple[int, int, Bytes, Bytes]:
+def _plane(count: int, first: int, width: int, place: Callable[[int], tuple[int, int]]) -> Plane:
     spots = np.array([place(j) for j in range(count)])
     return first, width, spots[:, 0].astype(np.uint8), spots[:, 1].astype(np.uint8)
 
 
-def _nibbles(count: int, start: int, run: int) -> tuple[int, int, Bytes, Bytes]:
+def _nibbles(count: int, start: int, run: int) -> Plane:
     """Low four bits: of every 2 * `run` elements the first `run` lie in the low, the others in the high half."""
     return _plane(count, 0, 4, lambda j: (start + j // (2 * run) * run + j % run, 4 * (j % (2 * run) // run)))
 
@@ -60,7 +61,7 @@ def _nibbles(count: int, start: int, run: int) -> tuple[int, int, Bytes, Bytes]:
 @cache
 def layouts() -> dict[str, Layout]:
     """Type -> Layout of the types whose codes can be rewritten."""
-    def fifth(start: int) -> tuple[int, int, Bytes, Bytes]:
+    def fifth(start: int) -> Plane:
         return _plane(32, 4, 1, lambda j: (start + j // 8, j % 8))
 
     sixth = (
@@ -92,7 +93,7 @@ def layouts() -> dict[str, Layout]:
 
 @dataclass(kw_only=True)
 class Parts:
-    """One matrix taken apart: codes (rows, columns); scale and minimum (rows, blocks); steps and lows (rows, columns / 16)."""
+    """One matrix: codes (rows, columns), scale and minimum (rows, blocks), steps and lows (rows, columns / SUB)."""
 
     type: str
     codes: Bytes
@@ -151,9 +152,9 @@ def _write_codes(data: Bytes, type: str, codes: Bytes) -> Bytes:
     blocks = data.reshape(len(data), -1, layout.size)
     values = codes.reshape(*blocks.shape[:2], block(type))
     if type == "q8_0":
-        values = values ^ 0x80
+        values = values ^ np.uint8(0x80)
     for first, width, byte, shift in layout.planes:
-        part = ((values >> first) & ((1 << width) - 1)) << shift
+        part = ((values >> np.uint8(first)) & np.uint8((1 << width) - 1)) << shift
         clear = np.zeros(layout.size, np.uint8)
         np.bitwise_or.at(clear, byte, (((1 << width) - 1) << shift.astype(np.int64)).astype(np.uint8))
         blocks &= ~clear

@@ -1,4 +1,4 @@
-"""Every matrix rounded to every type it may take, with the damage predicted for each: what a bit allocation chooses from.
+"""Every matrix rounded to every type it may take, with the damage predicted for each: what an allocation chooses from.
 
 The work does not depend on the budget, so it is kept in the cache under the sum of the weights and of the calibration
 tokens: another budget for the same model costs seconds. Only the KEPT newest are held, one byte or less per weight and
@@ -45,7 +45,8 @@ def prepare(
 ) -> Candidates:
     """Round and judge all of `types` (exported name -> types), or take the same work from the cache."""
     tokens = calibration_windows(model, windows, length)
-    asked = json.dumps([VERSION, sorted(types.items()), feedback, damp, model.blueprint.heads, model.blueprint.kv_heads])
+    shape = (model.blueprint.heads, model.blueprint.kv_heads)
+    asked = json.dumps([VERSION, sorted(types.items()), feedback, damp, shape])
     parts = [asked.encode(), tokens.tobytes(), *(sha256(f).encode() for f in sorted(model.path.glob("*.safetensors")))]
     folder = cache_dir() / "candidates" / hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     note = f"; rounded anew from {tokens.size} calibration tokens"
@@ -61,7 +62,8 @@ def prepare(
 
 
 def _fill(
-    work: Path, model: Model, types: Mapping[str, tuple[str, ...]], tokens: NDArray[np.int64], feedback: bool, damp: float
+    work: Path, model: Model, types: Mapping[str, tuple[str, ...]], tokens: NDArray[np.int64], feedback: bool,
+    damp: float,
 ) -> None:
     import torch
 

@@ -2,10 +2,10 @@
 
     W = d S v(c) + m B
 
-Three things are trained: the scale of each block, d = d0 (1 + e); the minimum, m = m0 + f |d0|; and, if wanted, the codes,
-through a real-valued u per element with c = round(u). The gradients of e and f are exact. Rounding has none, so u
-receives that of the unrounded value (straight-through); an element changes its code only when u is pushed over the
-border of its step. What is learnt is what is written: the result is packed from the same d, m and c.
+Three things are trained: the scale of each block, d = d0 (1 + e); the minimum, m = m0 + f |d0|; and, if wanted, the
+codes, through a real-valued u per element with c = round(u). The gradients of e and f are exact. Rounding has none,
+so u receives that of the unrounded value (straight-through); an element changes its code only when u is pushed over
+the border of its step. What is learnt is what is written: the result is packed from the same d, m and c.
 
 Sources: EfficientQAT (Chen et al., arXiv 2407.11062) for training scales; straight-through estimation (Bengio et al.,
 arXiv 1308.3432).

@@ -6,8 +6,8 @@ input x and output gradient b has g = b x^T, and rounding errors of different ro
 
     KL  ~=  1/2  sum_r  s_r  D_r H D_r^T,    H = E[|b|^2 x x^T],    s_r = E[b_r^2] / E[|b|^2]
 
-H weighs every token by how much the answer hangs on that layer there, which a plain mean of x x^T does not; s_r does the
-same for rows. A matrix is thus described by one (columns x columns) matrix and one vector, and the damage of every
+H weighs every token by how much the answer hangs on that layer there, which a plain mean of x x^T does not; s_r does
+the same for rows. A matrix is thus described by one (columns x columns) matrix and one vector, and the damage of every
 storage type follows without running the model again. A looked-up embedding has x = a unit vector: its damage is
 1/2 sum_v f_v sum_j G_j D_vj^2 with f the frequency of token v and G_j = E[b_j^2]; a tied embedding suffers both.
 
@@ -106,6 +106,7 @@ def _collect(module: Any, tokens: Tokens, seed: int) -> tuple[dict[str, list[tor
 
         return forward
 
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     handles = [part.register_forward_hook(hook(HEAD if part is head else name))
                for name, part in module.named_modules() if is_linear(part)]
@@ -113,7 +114,8 @@ def _collect(module: Any, tokens: Tokens, seed: int) -> tuple[dict[str, list[tor
     try:
         for row in tokens:
             looked_up = embedding(torch.as_tensor(row)[None]).detach().requires_grad_(True)
-            logits = module(inputs_embeds=looked_up, use_cache=False).logits
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                logits = module(inputs_embeds=looked_up, use_cache=False).logits
             logp = torch.log_softmax(logits[0].float(), -1)
             drawn = torch.multinomial(logp.detach().exp(), 1, generator=draw)
             logp.gather(1, drawn).sum().backward()
@@ -130,8 +132,8 @@ def row_order(model: Model, exported: str, rows: int) -> torch.Tensor:
 
     from fivefold.export.families import family_of, permute
 
-    order = np.arange(rows)
+    order = np.arange(rows, dtype=np.float32)
     part = exported.split(".")[2] if exported.startswith("blk.") else ""
     if family_of(read_config(model.path)).permuted and part in ("attn_q", "attn_k"):
         order = permute(order, model.blueprint.heads if part == "attn_q" else model.blueprint.kv_heads)
-    return torch.as_tensor(order)
+    return torch.as_tensor(order).long()

@@ -34,7 +34,7 @@ VECTOR_RATE = 1.0
 
 
 class Student:
-    """`module` is the damaged model as loaded; its vectors are replaced by trained copies, its matrices by `weights()`."""
+    """`module` is the damaged model as loaded; trained copies replace its vectors, `weights()` its matrices."""
 
     def __init__(self, model: Model, module: nn.Module) -> None:
         self.model, self.module = model, module
@@ -84,7 +84,8 @@ class RoundedStudent(Student):
                 kind, data = solved[name][0].lower(), np.array(solved[name][1].numpy())
             else:
                 data = _pack(original, kind.lower(), importance.get(name))
-            self.orders[name] = (parameter_name, _inverse(model, tensors[name], original, parameter), tensors[name].family.conv1d and name.startswith("blk."))
+            turned = tensors[name].family.conv1d and name.startswith("blk.")
+            self.orders[name] = (parameter_name, _inverse(model, tensors[name], original, parameter), turned)
             if kind.lower() in layouts():
                 key = name.replace(".", "/")
                 self.parts[key] = Rounded(data.reshape(len(original), -1), kind.lower(), original if codes else None)
@@ -184,5 +185,5 @@ def _inverse(model: Model, tensor: Exported, exported: Any, parameter: torch.Ten
     if tensor.family.conv1d and tensor.name.startswith("blk."):
         turned = turned.T
     if not torch.allclose(torch.from_numpy(exported)[order], turned, rtol=1e-5, atol=1e-6):
-        raise Misfit(f"repair cannot train {tensor.name}, which the exported file scales; remove repair from the recipe")
+        raise Misfit(f"repair cannot train {tensor.name}, which the exported file scales; remove repair")
     return order

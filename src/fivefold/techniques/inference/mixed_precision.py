@@ -73,20 +73,20 @@ class MixedPrecision(Technique):
 
         shapes = matrices(model)
         types = {name: candidates(columns) for name, (_, columns) in shapes.items()}
-        found = prepare(model, types, windows=self.windows, length=WINDOW, feedback=self.rounding == "feedback", damp=DAMP)
+        feedback = self.rounding == "feedback"
+        found = prepare(model, types, windows=self.windows, length=WINDOW, feedback=feedback, damp=DAMP)
         cost = {name: {kind: type_bits(kind) * shapes[name][0] * shapes[name][1] for kind in kinds}
                 for name, kinds in types.items()}
         weights = sum(rows * columns for rows, columns in shapes.values())
         chosen = choose(found.damage, cost, self.bits * weights)
-        folder = write_solved(
-            workspace(model, "mixed_precision"), {name: (kind, found.packed(name, kind)) for name, kind in chosen.items()}
-        )
+        solved = {name: (kind, found.packed(name, kind)) for name, kind in chosen.items()}
+        folder = write_solved(workspace(model, "mixed_precision"), solved)
         planned = self.plan(model)
         spent = sum(cost[name][kind] for name, kind in chosen.items()) / weights
         predicted = sum(found.damage[name][kind] for name, kind in chosen.items())
         return planned.but(export=replace(planned.export, types=chosen, solved=folder)).covered(
-            f"mixed_precision: {len(chosen)} of {len(shapes)} matrices ({_counts(chosen)}), {spent:.2f} bits per weight,"
-            f" predicted KL {predicted:.4f}{found.note}"
+            f"mixed_precision: {len(chosen)} of {len(shapes)} matrices ({_counts(chosen)}), {spent:.2f} bits per"
+            f" weight, predicted KL {predicted:.4f}{found.note}"
         )
 
 

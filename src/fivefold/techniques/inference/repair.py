@@ -1,19 +1,22 @@
 """Distillation from the parent after damage: the damaged model learns to give the parent's answers again.
 
-The loss is KL(parent || student) over the whole vocabulary on calibration text, so no labels are needed and a few hundred
-thousand tokens carry far. What is trained is what costs nothing in the file:
+The loss is KL(parent || student) over the whole vocabulary on calibration text, so no labels are needed and a few
+hundred thousand tokens carry far. What is trained is what costs nothing in the file:
 
 - after a GGUF quantization: the scales (and minima) of every block and, with `codes=True`, which of its neighbouring
-  codes each weight takes, all *through* the rounding, so what is learnt survives in the file byte for byte; norm gains.
-- after pruning: a low-rank change of every linear layer, merged into the weights (pruned zeros stay zero); norm gains.
+  codes each weight takes, all *through* the rounding, so what is learnt survives in the file byte for byte; and norm
+  gains;
+- after pruning: a low-rank change of every linear layer, merged into the weights (pruned zeros stay zero), and norm
+  gains.
 
-One step of `tokens` tokens costs about 8 x parameters x tokens operations (teacher forward 2, student 6). The state that
-does best on held-out windows is kept. Lowers nothing by itself: it buys back quality, so that a smaller setting of the
+One step of `tokens` tokens costs about 8 x parameters x tokens operations (teacher forward 2, student 6). The state
+that does best on held-out windows is kept. Lowers nothing by itself: it buys back quality, so that a smaller setting of the
 technique before it becomes acceptable. It costs training once (see payback), and it fits the distribution of the
 calibration text. Little is gained where the damage is already near the engine's own arithmetic noise (about 0.005 nats
 for engines with 8-bit activations).
 
-Sources: EfficientQAT (Chen et al., arXiv 2407.11062); LoRA (Hu et al., arXiv 2106.09685); Hinton et al., arXiv 1503.02531.
+Sources: EfficientQAT (Chen et al., arXiv 2407.11062); LoRA (Hu et al., arXiv 2106.09685); Hinton et al., arXiv
+1503.02531.
 """
 
 from __future__ import annotations
@@ -73,9 +76,10 @@ class Repair(Technique):
         train, held_out = _text(model, plan)
         lesson = _Lesson(model, self._student(model, plan.seed), held_out)
         done = fit(plan, lesson.student.groups(), lesson.loss, train, lesson.score)
+        numbers = sum(p.numel() for group in lesson.student.groups() for p in group.parameters)
         return lesson.student.result().but(train=plan).covered(
             f"repair: held-out KL {done.before:.4f} -> {done.after:.4f} at step {done.best_step} of {plan.steps},"
-            f" {done.tokens} tokens, {sum(p.numel() for g in lesson.student.groups() for p in g.parameters)} numbers trained"
+            f" {done.tokens} tokens, {numbers} numbers trained"
         )
 
     def _student(self, model: Model, seed: int) -> Any:
