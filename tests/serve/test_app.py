@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -225,9 +226,14 @@ def test_a_client_that_leaves_the_queue_frees_its_place(launch: Launch, parts: A
 
 
 def test_a_large_body_is_refused_so_that_its_sender_can_read_it(launch: Launch) -> None:
-    url = f"{launch(max_body=1 << 18).url}/v1/completions"
-    for _ in range(10):
-        assert httpx.post(url, json={"prompt": "x" * (3 << 20)}).status_code == 413
+    host, port = launch(max_body=1 << 16).url.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as sender:
+        sender.sendall(f"{head}Content-Length: {10 << 16}\r\n\r\n".encode())
+        for _ in range(10):
+            sender.sendall(b"x" * (1 << 16))
+            time.sleep(0.05)
+        assert sender.recv(100).startswith(b"HTTP/1.1 413")
 
 
 def test_a_request_that_takes_too_long_is_504_and_frees_the_engine(launch: Launch, parts: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -32,6 +33,8 @@ from fivefold.serve.ledger import Ledger
 from fivefold.serve.wire import Ask, Kind, Prompt, Refusal, dumps, parse
 from fivefold.serve.worker import Decoder, Job, Worker
 
+EVERY = 0.03
+"""A stream sends at most once in so many seconds."""
 DISCARDED = 16
 """How many times `max_body` is read of a body that is refused anyway."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -116,7 +119,8 @@ class Desk:
             )
         seed = secrets.randbits(31) if ask.seed is None else ask.seed & (2**63 - 1)
         sampling = Sampling(temperature=ask.temperature, top_p=ask.top_p, seed=seed, stop=self.texts.stop)
-        return Job(prompts=prompts, max_tokens=wanted, sampling=sampling, stops=ask.stop, emit=emit)
+        return Job(prompts=prompts, max_tokens=wanted, sampling=sampling, stops=ask.stop, emit=emit,
+                   every=EVERY if ask.stream else math.inf)
 
 
 def create_app(

@@ -49,13 +49,18 @@ Event = Piece | Bill | Refusal
 
 @dataclass(kw_only=True, eq=False)
 class Job:
-    """`emit` is called from the worker's thread, once more after cancelling at most."""
+    """`emit` is called from the worker's thread, once more after cancelling at most.
+
+    Text is emitted at most once in `every` seconds: waking the event loop costs more than drawing a token of a small
+    model. Text waits for one more token at most, because tokens slower than `every` are emitted as they come.
+    """
 
     prompts: Sequence[Sequence[int]]
     max_tokens: int
     sampling: Sampling
     stops: tuple[str, ...]
     emit: Callable[[Event], None]
+    every: float
     bill: Bill = field(default_factory=Bill)
     queued: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -190,7 +195,7 @@ class Worker:
             return
         bill, decoder, stops = job.bill, self._decoder(), Stops(job.stops)
         bill.prompt_tokens += len(prompt)
-        drawn = 0
+        drawn, held, emitted = 0, "", -math.inf
         with contextlib.closing(session.generate(prompt, job.max_tokens, job.sampling)) as tokens:  # type: ignore[type-var]
             for token in tokens:
                 drawn += 1
@@ -199,11 +204,13 @@ class Worker:
                     bill.ttft = time.perf_counter() - start
                 if job.cancelled.is_set():
                     return
-                if text := stops.push(decoder.feed(token)):
-                    job.emit(Piece(index, text))
+                held += stops.push(decoder.feed(token))
                 if stops.hit:
                     break
-        rest = "" if stops.hit else stops.push(decoder.flush()) + stops.flush()
+                if held and time.monotonic() - emitted >= job.every:
+                    job.emit(Piece(index, held))
+                    held, emitted = "", time.monotonic()
+        rest = held if stops.hit else held + stops.push(decoder.flush()) + stops.flush()
         ended = stops.hit or drawn < job.max_tokens
         job.emit(Piece(index, rest, "stop" if ended else "length"))
 
