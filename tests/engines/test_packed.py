@@ -1,6 +1,7 @@
 """The packed formats against their arithmetic written out, and the kernels against a float64 product."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,14 @@ import torch
 
 from fivefold.engines._packed import PackedEmbedding, PackedLinear, load_packed, pack, packable, unpack, write_packed
 from fivefold.errors import ModelError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("bits", "group", "levels"), [(8, 0, 254), (4, 32, 15), (4, 64, 15)])

@@ -10,8 +10,9 @@ in its own engine without the parent in memory:
 
 KL is computed over k + 1 outcomes, the k tokens and "any other": sum_i p_i log(p_i / q_i) + t_p log(t_p / t_q).
 Merging outcomes never raises a KL divergence (data-processing inequality), so this is a lower bound; what is missing
-is the divergence inside the tail, weighted by the tail's mass. On SmolLM2-135M against its 4-bit file (encyclopedia,
-k = 64) the bound reaches TIGHT of the exact value. Standard errors take the window as the unit (`_intervals`).
+is the divergence inside the tail, weighted by the tail's mass. Measured on SmolLM2-135M against its Q4_0 file (1,020
+tokens of encyclopedia, exact KL 0.742): k = 16 gives 78 % of the exact value, 64 gives 88 %, 256 gives 95 %. So
+compare candidates at one k only. Standard errors take the window as the unit (`_intervals`).
 """
 
 from __future__ import annotations
