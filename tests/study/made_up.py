@@ -13,13 +13,14 @@ from fivefold.metrics import METRICS
 from fivefold.model import Model, load
 from fivefold.quantity import Measurement, Quantity
 from fivefold.study.trial import Outcome, Trial
+from fivefold.testing.tiny import write_tokenizer
 from fivefold.weights import write_safetensors
 
 VOCAB, WIDTH, FFN, LAYERS, HEADS = 320, 64, 128, 3, 2
 
 
 def bare_model(folder: Path) -> Model:
-    """A random llama of 3 layers in a Hugging Face folder."""
+    """A random llama of 3 layers in a Hugging Face folder, with a tokenizer."""
     rng = np.random.default_rng(0)
     shapes = {"model.embed_tokens.weight": (VOCAB, WIDTH), "model.norm.weight": (WIDTH,)}
     for i in range(LAYERS):
@@ -37,6 +38,7 @@ def bare_model(folder: Path) -> Model:
         "max_position_embeddings": 1024, "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
     }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_tokenizer(folder, VOCAB)
     return load(folder)
 
 

@@ -195,14 +195,14 @@ def grid(dimension: Dimension) -> tuple[Any, ...]:
 def _accepted(name: str, space: SearchSpace) -> tuple[dict[str, tuple[Any, ...]], dict[str, str]]:
     """Values of a technique that are accepted in some setting, and why each of the others is not.
 
-    What only says how the artifact runs is checked on the finished plan, so it may also be accepted beside a technique
-    that builds.
+    It may also be accepted beside a technique that builds: a repair beside what it repairs, an engine beside the format
+    it reads.
     """
     levels = space.levels[name]
     good: dict[str, set[Any]] = {key: set() for key in levels}
     why: dict[tuple[str, Any], str] = {}
     sentence = ""
-    partners = list(_partners(name, space)) if catalogue()[name].runtime else []
+    partners = list(_partners(name, space))
     for setting in itertools.islice(space.variants(name), 4096):
         if setting and all(value in good[key] for key, value in setting.items()):
             continue
@@ -224,11 +224,11 @@ def _accepted(name: str, space: SearchSpace) -> tuple[dict[str, tuple[Any, ...]]
 
 
 def _partners(name: str, space: SearchSpace) -> Iterator[dict[str, dict[str, Any]]]:
-    """Each technique that builds, once per value of each of its fields."""
+    """Each technique that builds; for one that only says how to run also once per value of each of its fields."""
     for other, fields in space.levels.items():
         if other != name and not catalogue()[other].runtime:
             yield {other: space.default(other)}
-            for key, values in fields.items():
+            for key, values in fields.items() if catalogue()[name].runtime else ():
                 for value in values:
                     yield {other: {**space.default(other), key: value}}
 
