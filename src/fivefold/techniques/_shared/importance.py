@@ -12,6 +12,7 @@ Source: importance matrix of llama.cpp (ggml-org/llama.cpp, tools/imatrix); Opti
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fivefold.artifact import hash_folder, key, source_hash
 from fivefold.model import Model
+from fivefold.paths import cache_dir
 from fivefold.techniques._shared.calibration import windows
 from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names, matrices
 from fivefold.techniques._shared.modules import forward, is_linear, load_module, stored_name, workspace
@@ -33,10 +36,18 @@ Vectors = dict[str, NDArray[np.float32]]
 
 
 def importance_file(model: Model, count: int) -> tuple[Path, int]:
-    """A safetensors file {exported tensor name: float32 (columns,)} and the number of tokens it was computed from."""
+    """A safetensors file {exported tensor name: float32 (columns,)} and the number of tokens it was computed from.
+
+    Kept in the cache folder under the hash of weights, tokens and this file's code: all types of one model share it.
+    """
     tokens = windows(model, count)
-    found = importance(model, load_module(model), tokens)
-    return write_safetensors(workspace(model, "importance") / "importance.safetensors", found), tokens.size
+    known = key({"weights": hash_folder(model.path), "tokens": tokens.tolist(), "code": source_hash(Squares)})
+    file = cache_dir() / "importance" / f"{known}.safetensors"
+    if not file.is_file():
+        write_safetensors(file, importance(model, load_module(model), tokens))
+    own = workspace(model, "importance")
+    own.mkdir(parents=True)
+    return Path(shutil.copy(file, own / "importance.safetensors")), tokens.size
 
 
 def importance(model: Model, module: Any, tokens: NDArray[np.int64]) -> Vectors:
