@@ -9,9 +9,9 @@ turned back as
 Scales and zeros are bfloat16, and q is rounded against the *stored* scale, so packing is the only loss. Bytes per
 weight: 1 + 2/columns, and 0.5 + 4/group.
 
-The activations are cast to bfloat16: that is what PyTorch's weight-only kernels for the CPU are fast in. With up to
-FEW rows of activations the kernel computes straight from the packed weights; with more, one dequantization is
-spread over all of them and a bfloat16 product is faster. Measured on one core with AVX-512, 1536 x 576, float32
+The activations are cast to bfloat16: that is what PyTorch's weight-only kernels for the CPU are fast in. With more
+than FEW rows of activations, 8-bit weights are turned back once for all of them and a bfloat16 product is faster; the
+4-bit kernel's layout differs between CPUs, so it is used for any number of rows. Measured on one core with AVX-512, 1536 x 576, float32
 and bfloat16 layers 363 and 251 us, 8 bits 137 us, 4 bits 51 us (one row of activations, weights not in the cache).
 
 A folder is a Hugging Face folder in which `quantization.json` lists the packed modules,
@@ -22,7 +22,6 @@ embedding (8 bits only) also serves as the output head when the model ties them.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,8 +97,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features).bfloat16()
-        few = len(flat) <= FEW or (self.bits == 4 and not _known_layout(self.out_features))
-        y = self._kernel(flat) if few else self._dequantized(flat)
+        y = self._kernel(flat) if self.bits == 4 or len(flat) <= FEW else self._dequantized(flat)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -110,14 +108,7 @@ class PackedLinear(nn.Module):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.qweight, self.group, self.scale)
 
     def _dequantized(self, x: Tensor) -> Tensor:
-        if self.bits == 8:
-            return nn.functional.linear(x, self.qweight.bfloat16()) * self.scale
-        q = _from_kernel_layout(self.qweight, self.in_features).bfloat16() - 8
-        scale, zero = self.scale.unbind(2)
-        blocks = q.view(-1, len(scale), self.group, 64)
-        scale, zero = (t.view(len(t), 1, -1, 64).permute(2, 0, 1, 3) for t in (scale, zero))
-        weight = (blocks * scale + zero).view(-1, self.in_features, 64)
-        return torch.matmul(x, weight).transpose(0, 1).reshape(len(x), -1)
+        return nn.functional.linear(x, self.qweight.bfloat16()) * self.scale
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
@@ -133,22 +124,6 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return (self.qweight[ids].float() * self.scale[ids].float()[..., None]).to(self.dtype)
-
-
-def _from_kernel_layout(packed: Tensor, columns: int) -> Tensor:
-    """The kernel's 4-bit layout -> (rows // 64, columns, 64): each byte holds row j low and row j + 32 high."""
-    lanes = packed.view(-1, columns, 32)
-    return torch.cat((lanes & 15, lanes >> 4), 2)
-
-
-@functools.cache
-def _known_layout(rows: int) -> bool:
-    """Whether this CPU's kernel uses the layout above: it differs between instruction sets, so it is tried."""
-    if rows % 64:
-        return False
-    q = torch.arange(64 * 32, dtype=torch.int32).view(64, 32) * 7 % 16
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
-    return torch.equal(_from_kernel_layout(packed, 32)[0].T.int(), q)
 
 
 def write_packed(source: Path, target: Path, layers: Mapping[str, tuple[int, int]]) -> Path:
