@@ -11,8 +11,8 @@ weight: 1 + 2/columns, and 0.5 + 4/group.
 
 The activations are cast to bfloat16: that is what PyTorch's weight-only kernels for the CPU are fast in. With more
 than FEW rows of activations, 8-bit weights are turned back once for all of them and a bfloat16 product is faster; the
-4-bit kernel's layout differs between CPUs, so it is used for any number of rows. Measured on one core with AVX-512, 1536 x 576, float32
-and bfloat16 layers 363 and 251 us, 8 bits 137 us, 4 bits 51 us (one row of activations, weights not in the cache).
+4-bit kernel's layout differs between CPUs, so it is used for any number of rows. Measured on one core with AVX-512,
+1536 x 576, one row of activations, weights not in the cache: float32 363 us, bfloat16 251, 8 bits 137, 4 bits 51.
 
 A folder is a Hugging Face folder in which `quantization.json` lists the packed modules,
 {"version": 1, "layers": {"model.layers.0.mlp.up_proj": {"bits": 4, "group": 64}, ...}}, and `<module>.weight` is
