@@ -50,7 +50,7 @@ class Reference:
     true_logp: NDArray[np.float32]
 
     @classmethod
-    def record(cls, session: Session, windows: Sequence[Sequence[int]], k: int = 64) -> Self:
+    def record(cls, session: Session, windows: Sequence[Sequence[int]], k: int = 256) -> Self:
         """Score every window with the parent. Windows need at least 2 tokens. Raises NotFinite, DataError."""
         if not windows or min(map(len, windows)) < 2 or k < 1:
             raise DataError("fidelity needs windows of at least 2 tokens and k of at least 1; give a longer text")
