@@ -4,7 +4,8 @@
 
 1. Overhead: the same greedy answer from a session in this process and streamed from the server (its own process), in
    turns, in both orders. Reported: median of the paired ratios of tokens per second, with its interval, and of
-   tokens per CPU second, which other load on the machine disturbs less.
+   tokens per CPU second, which other load on the machine disturbs less; and the share of the server's CPU time that
+   its event loop took (Linux), which is the part that HTTP can be blamed for.
 2. Load: `clients` threads send good, bad and abandoned requests for about `seconds`. Reported: answers by status.
    Exit code 1 when a bad request got anything but its 4xx, a good one anything but 200 or 429, or the server does
    not answer as before afterwards.
@@ -147,8 +148,12 @@ def main() -> int:
         with httpx.Client(base_url=url, timeout=300) as client:
             session = open_session(model)
             print(f"overhead, one stream, {args.tokens} tokens after {len(prompt)}:")
+            before = {t.id: t.user_time + t.system_time for t in psutil.Process(server.pid).threads()}[server.pid]
             wall, cpu = overhead(session, client, server.pid, prompt, args.tokens, args.rounds)
             session.close()
+            threads = {t.id: t.user_time + t.system_time for t in psutil.Process(server.pid).threads()}
+            web = threads[server.pid] - before
+            print(f"HTTP's share of the server's CPU time: {web / (sum(threads.values()) - before):.3f}")
             for name, q in (("second", wall), ("CPU second", cpu)):
                 print(f"tokens per {name}, served / bare = {q.value:.3f} [{q.low:.3f}, {q.high:.3f}], n {q.n}")
             seen: Counter[str] = Counter()

@@ -156,6 +156,11 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
     return False
 
 
+@pytest.fixture(scope="session", name="until")
+def until_fixture() -> Callable[..., bool]:
+    return until
+
+
 @pytest.fixture
 def parts() -> Any:
     """What an app is made of, for tests that make their own."""

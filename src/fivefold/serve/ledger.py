@@ -9,6 +9,7 @@ of the answer's, without the `fivefold` block itself.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ class Ledger:
         self._lock = threading.Lock()
 
     def open(self) -> Window:
-        return EnergyMeter(self.machine)
+        """The engine has no child processes, and looking for some takes longer than a token."""
+        return EnergyMeter(self.machine, cpu_clock=time.process_time)
 
     @contextmanager
     def window(self, bill: Bill) -> Iterator[None]:

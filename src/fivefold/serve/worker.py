@@ -165,7 +165,6 @@ class Worker:
 
     def _next(self) -> Job | None:
         with self._changed:
-            self._running = None
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._closed:
                 return None
@@ -187,6 +186,8 @@ class Worker:
             last = Refusal(500, "the engine failed; the server's log has the details", code="engine_failed")
         self._pace = 0.7 * self._pace + 0.3 * job.bill.seconds
         self._ledger.add("failed" if isinstance(last, Refusal) else "cancelled" if job.cancelled.is_set() else "done")
+        with self._changed:
+            self._running = None
         job.emit(last)
 
     def _answer(self, session: Session, job: Job, index: int, prompt: Sequence[int], start: float) -> None:
