@@ -82,7 +82,7 @@ class Processes:
     prices: Any
     country: str = "world"
     seed: int = 0
-    rounds: int = 5
+    rounds: Callable[[Recipe], int] = lambda recipe: 5
     memory: int | None = None
     seconds: float = LIMIT_SECONDS
     quota: int | None = None
@@ -95,10 +95,12 @@ class Processes:
             self._run({"do": "reference", "windows": windows}, "reference", lambda _: None)
 
     def build(self, recipe: Recipe, number: int, phase: Phase) -> Report:
+        if not recipe.techniques:
+            return Report()  # the parent is built already and would be screened against itself
         return _report(self._run({"do": "build", "recipe": str(recipe)}, f"trial-{number}-build", phase))
 
     def measure(self, recipe: Recipe, number: int, artifact: str | None, phase: Phase) -> Report:
-        job = {"do": "measure", "recipe": str(recipe), "artifact": artifact}
+        job = {"do": "measure", "recipe": str(recipe), "artifact": artifact, "rounds": self.rounds(recipe)}
         return _report(self._run(job, f"trial-{number}-measure", phase))
 
     def _run(self, job: Mapping[str, Any], name: str, phase: Phase) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Processes:
         whole = {
             **job, "model": model_to_json(self.model), "machine": self.machine.to_json(), "folder": str(self.folder),
             "workload": asdict(PlainWorkload.of(self.workload)), "prices": self.prices.to_json(),
-            "country": self.country, "rounds": self.rounds, "quota": self.quota, "seed": self.seed,
+            "country": self.country, "quota": self.quota, "seed": self.seed,
             "progress": str(progress), "result": str(result),
         }
         result.unlink(missing_ok=True)

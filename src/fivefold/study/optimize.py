@@ -31,6 +31,7 @@ from fivefold.tokenizer import Tokenizer
 from fivefold.workload import Workload
 
 DEFAULTS = {"workload": "chat", "text": "encyclopedia", "country": "world"}
+MEASURE_SHARE, DEFAULT_TIME = 0.1, 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ def setup(
     space = SearchSpace.build(model, techniques, traffic.batch)
     goal = Goal(objectives, budget)
     sizes = traffic.describe()
-    predictor = Predictor(machine, model, int(sizes["prompt_tokens"]), int(sizes["output_tokens"]))
+    predictor = Predictor(machine, model, int(sizes["prompt_tokens"]), int(sizes["output_tokens"]), sizes["requests"])
     limited = any((allowance.time, allowance.energy, allowance.money))
     policy = Policy(
         goal, space, make(sampler, goal, predictor), predictor, allowance, seed,
@@ -85,17 +86,19 @@ def optimize(
 ) -> Study:
     """Run or resume the study in `out`; `choices` are those of `setup`. Returns it, finished.
 
-    `memory` caps each trial's processes (bytes), `seconds` each phase. Raises Busy, UserError, Infeasible never.
+    `memory` caps each trial's processes (bytes), `seconds` each phase. `rounds` of the workload are measured, fewer
+    (but 2) where they would take more than `MEASURE_SHARE` of the allowance. Raises Busy, UserError, Infeasible never.
     """
     text = str(choices.get("text", DEFAULTS["text"]))
     if model.calibration is None and text != DEFAULTS["text"]:
         model = model.but(calibration=calibration_text(text, Path(out)))
     made = setup(model, **choices)
     limits: dict[str, Any] = {} if seconds is None else {"seconds": seconds}
-    disk = made.policy.allowance.disk
+    disk, time = made.policy.allowance.disk, made.policy.allowance.time
     runner = Processes(
         folder=Path(out).resolve(), model=model, machine=made.machine, workload=made.workload, windows=made.windows,
-        prices=Prices.load(), country=made.country, seed=made.seed, rounds=rounds, memory=memory,
+        prices=Prices.load(), country=made.country, seed=made.seed, memory=memory,
+        rounds=lambda recipe: made.policy.predictor.rounds(recipe, MEASURE_SHARE * (time or DEFAULT_TIME), rounds),
         quota=None if disk is None else int(disk), **limits,
     )
     if events is not None:
@@ -103,7 +106,7 @@ def optimize(
 
         events(Prepared(made.machine, plan_of(made), made.goal.objectives, made.policy.allowance.time))
     inputs = {name: str(choices[name]) for name in ("workload", "text", "country") if name in choices}
-    facts = {"name": model.name, "machine": made.machine.to_json(), "inputs": {**DEFAULTS, **inputs}}
+    facts: dict[str, Any] = {"name": model.name, "machine": made.machine.to_json(), "inputs": {**DEFAULTS, **inputs}}
     return Study(out).run(made.policy, runner, made.settings, events, facts)
 
 

@@ -63,12 +63,13 @@ class Outline:
 
 @dataclass(frozen=True)
 class Predictor:
-    """`prompt` and `output` are tokens of the workload's typical request."""
+    """`prompt` and `output` are tokens of the workload's typical request, `requests` how many a round has."""
 
     machine: Machine
     model: Model
     prompt: int = 128
     output: int = 64
+    requests: int = 8
     _memo: dict[Recipe, tuple[Outline, dict[str, float]]] = field(default_factory=dict, repr=False, compare=False)
 
     def outline(self, recipe: Recipe) -> Outline:
@@ -77,6 +78,11 @@ class Predictor:
     def physics(self, recipe: Recipe) -> dict[str, float]:
         """Metric -> value by physics and the rough table, without evidence."""
         return self._known(recipe)[1]
+
+    def rounds(self, recipe: Recipe, seconds: float, most: int) -> int:
+        """Rounds of the workload that fit into `seconds` by physics alone; at least 2, at most `most`."""
+        each = self.physics(recipe)["request"] * self.requests
+        return max(min(2, most), min(most, int(seconds / each)))
 
     def _known(self, recipe: Recipe) -> tuple[Outline, dict[str, float]]:
         if recipe not in self._memo:
@@ -202,7 +208,8 @@ class Forecast:
             ratio = min(1.5, max(0.15, rough["request"] / base["request"]))
             rest = {k: self.parent.spent.get(k, 3.0) * ratio for k in ("screen", "measure", "quality")}
         else:
-            rest = {"screen": 5.0, "measure": 8 * rough["request"] + 2, "quality": 2200 / rough["prefill"] + 2}
+            measure = 2 * self.predictor.requests * rough["request"] + 2
+            rest = {"screen": 5.0, "measure": measure, "quality": 2200 / rough["prefill"] + 2}
         overhead = self._steps.get("overhead")
         return {"build": build, **rest, "overhead": median(overhead) if overhead else 2.0}
 

@@ -120,13 +120,16 @@ class _Run:
     def __init__(self, study: Study, policy: Policy, runner: Runner, tell: ev.Watcher) -> None:
         self.study, self.store, self.policy, self.runner, self.tell = study, study.store, policy, runner, tell
         self.front: tuple[int, ...] = ()
+        self.prepared = 0.0
 
     def loop(self) -> None:
         trials = self.store.trials()
         if trials and trials[0].outcome not in (Outcome.MEASURED, Outcome.SCREENED):
             trials = []
         self.tell(ev.Started(str(self.study.folder), len(trials)))
+        start = time.perf_counter()
         self.runner.prepare()
+        self.prepared = time.perf_counter() - start
         while True:
             step = self.policy.next(trials)
             if isinstance(step, Stop):
@@ -151,6 +154,8 @@ class _Run:
             blank = Trial(
                 number=number, recipe=str(step.recipe), outcome=Outcome.SCREENED, predicted=step.predicted, at=_now()
             )
+            if not number:
+                blank = blank.but(spent={"reference": self.prepared})
             self.tell(ev.TrialStarted(number, blank.recipe, "build", step.expected))
             return self._rung(blank, lambda: self.runner.build(step.recipe, number, self._phase(number)))
         trial = step.trial

@@ -27,7 +27,7 @@ from fivefold.errors import RecipeError, UserError
 from fivefold.metrics import RESOURCES
 from fivefold.model import Model, Trait
 from fivefold.recipe import Recipe, Technique, catalogue
-from fivefold.space import dimensions
+from fivefold.space import Dimension, dimensions
 from fivefold.study.sampler import SearchSpace
 from fivefold.testing.tiny import tiny_model
 
@@ -69,7 +69,7 @@ class TechniqueContract:
         text = inspect.getdoc(importlib.import_module(technique.__module__)) or ""
         assert len(text.splitlines()[0]) <= 120 and len(text) > 300, "the file opens with the idea"
         assert "Source" in text, "the file names where the idea comes from"
-        for dimension in dimensions(technique):
+        for dimension in fields_of(technique):
             assert dimension.help, f"{name}.{dimension.name} has no help under it"
 
     def test_its_declarations_use_known_words(self, name: str) -> None:
@@ -86,7 +86,8 @@ class TechniqueContract:
 
     def test_it_refuses_values_outside_its_range(self, name: str) -> None:
         one = next(some(name))
-        for dimension in dimensions(type(one)):
+        for dimension in fields_of(type(one)):
+            wrong: Any
             for wrong in ([], "no such value", -(10**12)):
                 with pytest.raises(RecipeError) as caught:
                     dataclasses.replace(one, **{dimension.name: wrong})
@@ -142,15 +143,19 @@ def some(name: str) -> Iterator[Technique]:
     """A few values of the technique: each searched value of each field once."""
     technique = catalogue()[name]
     rng = random.Random(name)
-    first = {d.name: rng.choice(values_of(d)) for d in dimensions(technique) if d.required}
+    first = {d.name: rng.choice(values_of(d)) for d in fields_of(technique) if d.required}
     yield technique(**first)
-    for dimension in dimensions(technique):
+    for dimension in fields_of(technique):
         if dimension.searched:
             for value in values_of(dimension):
                 yield technique(**{**first, dimension.name: value})
 
 
-def values_of(dimension: Any) -> tuple[Any, ...]:
+def fields_of(technique: type) -> tuple[Dimension, ...]:
+    return dimensions(technique)
+
+
+def values_of(dimension: Dimension) -> tuple[Any, ...]:
     from fivefold.study.sampler import grid
 
     return grid(dimension) if dimension.searched else (dimension.legal or (dimension.default,))
