@@ -57,11 +57,13 @@ class TechniqueContract:
             metafunc.parametrize("name", self.names or tuple(catalogue()))
 
     @pytest.fixture(scope="class")
-    def parent(self, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    @classmethod
+    def parent(cls, tmp_path_factory: pytest.TempPathFactory) -> Model:
         return tiny_model(tmp_path_factory.mktemp("tiny") / "parent")
 
     @pytest.fixture(scope="class")
-    def space(self, parent: Model) -> SearchSpace:
+    @classmethod
+    def space(cls, parent: Model) -> SearchSpace:
         return SearchSpace.build(parent, batch=8)
 
     def test_its_text_teaches(self, name: str) -> None:

@@ -42,7 +42,7 @@ def tiny_model(
             parameter.data += 0.08 * torch.randn_like(parameter)
         module.save_pretrained(folder)
     text = folder / "calibration.txt"
-    text.write_text(TEXT * 120, encoding="utf-8")
+    text.write_text(TEXT * 240, encoding="utf-8")
     return load(folder).but(calibration=text)
 
 
