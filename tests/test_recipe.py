@@ -31,7 +31,8 @@ def test_who_breaks_goes_after_who_needs() -> None:
 
 
 def test_weaker_perturbation_first_on_ties() -> None:
-    names = [t.name for t in _ordered([technique("x", strength=3), technique("y", strength=1), technique("z", strength=2)])]
+    made = [technique("x", strength=3), technique("y", strength=1), technique("z", strength=2)]
+    names = [t.name for t in _ordered(made)]
     assert names == ["y", "z", "x"]
 
 
@@ -75,8 +76,9 @@ def test_runtime_and_build_parts_make_the_whole() -> None:
 @pytest.mark.parametrize(
     ("text", "needle"),
     [
-        ("thread(count=2)", "did you mean threads"), ("threads(cnt=2)", "did you mean count"), ("threads", "needs count"),
-        ("threads(count=0)", "outside"), ("threads(count=1)+threads(count=2)", "twice"), ("threads(count=", "does not parse"),
+        ("thread(count=2)", "did you mean threads"), ("threads(cnt=2)", "did you mean count"),
+        ("threads", "needs count"), ("threads(count=0)", "outside"), ("threads(count=1)+threads(count=2)", "twice"),
+        ("threads(count=", "does not parse"),
         ("threads(2)", "by name"), ("threads(**{})", r"\*\*"), ("a.b()", "not a technique"), ("1", "not a technique"),
         ("threads(count=__import__('os'))", "does not parse"), ("x" * (MAX_TEXT + 1), "characters"),
         ("(" * 1000, "does not parse"), ("threads(count=1) - threads(count=2)", "not a technique"),

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from conftest import Clock, FakeSession, Request, Traffic
+from meter_fakes import Clock, FakeSession, Request, Traffic
 
 from fivefold.errors import DataError, UserError
 from fivefold.machine import Machine

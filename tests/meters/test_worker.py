@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Clock, FakeSession, Request, Traffic
+from meter_fakes import Clock, FakeSession, Request, Traffic
 
 from fivefold.errors import Crashed, ModelError, TimedOut
 from fivefold.machine import Machine
@@ -20,7 +20,7 @@ TRAFFIC = Traffic("test", [Request([1] * 10, 5)])
 ARM = '''
 import sys
 sys.path.insert(0, {tests!r})
-from conftest import Clock, FakeSession
+from meter_fakes import Clock, FakeSession
 from fivefold.meters import bench, worker
 from fivefold.errors import ModelError
 import time
