@@ -90,9 +90,14 @@ def nearest(word: str, known: typing.Iterable[str]) -> str | None:
     return found[0] if found else None
 
 
-@functools.cache
-def dimensions(technique: Any) -> tuple[Dimension, ...]:
+def dimensions(technique: type) -> tuple[Dimension, ...]:
     """The fields of a technique class, in their order, as dimensions."""
+    found: tuple[Dimension, ...] = _dimensions(technique)
+    return found
+
+
+@functools.cache
+def _dimensions(technique: Any) -> tuple[Dimension, ...]:
     hints = typing.get_type_hints(technique, include_extras=True)
     helps = field_help(technique)
     return tuple(_dimension(f, hints[f.name], helps.get(f.name, "")) for f in fields(technique))
@@ -123,7 +128,7 @@ def _dimension(f: Any, hint: Any, help_text: str) -> Dimension:
     )
 
 
-def field_help(technique: Any) -> dict[str, str]:
+def field_help(technique: type) -> dict[str, str]:
     """Field name -> the string literal written under it in the class body."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(technique)))
