@@ -25,7 +25,7 @@ BudgetText = Annotated[str, typer.Option("--budget", help='Limits on the result:
 Objectives = Annotated[str, typer.Option("--minimize", help="Metrics to trade off, comma-separated.")]
 AllowanceText = Annotated[str, typer.Option("--allowance", help='Limits on the search: "8min", "1h, 50Wh, 4GB".')]
 WorkloadName = Annotated[str, typer.Option("--workload", help="chat, summarize, batch, or a JSONL file.")]
-TextSource = Annotated[str, typer.Option("--text", help="Held-out text: encyclopedia, shakespeare, or a .txt/.jsonl file.")]
+TextSource = Annotated[str, typer.Option("--text", help="Held-out text: encyclopedia, shakespeare or a file.")]
 Country = Annotated[str, typer.Option("--country", help="Grid intensity and tariffs: ISO code, or world.")]
 Sampler = Annotated[str, typer.Option("--sampler", help="fivefold, random, tpe or nsga2.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the search.")]

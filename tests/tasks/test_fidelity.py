@@ -113,3 +113,11 @@ def test_other_vocabularies_short_windows_and_nan_are_refused() -> None:
     broken.logits[:] = np.nan
     with pytest.raises(NotFinite):
         fidelity(broken, reference)
+
+
+def test_a_reference_judges_its_own_model_without_scoring_it_again() -> None:
+    reference = Reference.record(Fake(), WINDOWS)
+    scored, recorded = fidelity(Fake(), reference), reference.itself()
+    assert np.allclose(scored.loss, recorded.loss) and scored.agree.all() and recorded.agree.all()
+    assert np.abs(scored.kl - recorded.kl).max() < 1e-6
+    assert (scored.window == recorded.window).all()

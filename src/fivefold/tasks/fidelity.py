@@ -70,6 +70,11 @@ class Reference:
     def window(self) -> NDArray[np.int64]:
         return np.repeat(np.arange(len(self.windows)), [len(w) - 1 for w in self.windows])
 
+    def itself(self) -> Fidelity:
+        """The recorded model against itself: it agrees everywhere, at its own log-loss. Nothing is scored again."""
+        n = len(self.true_logp)
+        return Fidelity(np.ones(n, bool), np.zeros(n), -self.true_logp.astype(np.float64), self.window)
+
     def save(self, path: Path) -> Path:
         """One .npz without pickle, whole or absent."""
         tokens = np.array([t for w in self.windows for t in w], np.int32)
