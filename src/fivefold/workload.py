@@ -4,9 +4,9 @@ Which technique wins depends on the traffic: decoding one stream reads every wei
 prompt is arithmetic (FLOP matter), a batch shares each read among its streams, and prompt lookup pays only where the
 answer copies from the prompt. So there are three named workloads, and a user's own as JSON lines:
 
-    chat        8 short questions in the model's chat template, 64 new tokens each, one at a time
-    summarize   4 prompts of about 1,024 tokens, two to summarise and two to quote from (copy-heavy), 64 new tokens
-    batch       the 8 questions of `chat`, decoded together
+    chat        4 short questions in the model's chat template, 48 new tokens each, one at a time
+    summarize   4 prompts of about 1,024 tokens, two to summarise and two to quote from (copy-heavy), 48 new tokens
+    batch       8 such questions, decoded together
 
     {"prompt": "Once upon a time", "max_tokens": 32}
     {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}
@@ -26,7 +26,8 @@ from fivefold.errors import DataError
 from fivefold.tokenizer import Tokenizer
 
 NAMES = ("chat", "summarize", "batch")
-OUTPUT_TOKENS = 64
+OUTPUT_TOKENS = 48
+CHAT_REQUESTS = 4
 LONG_PROMPT_TOKENS = 1024
 MAX_REQUESTS = 4096
 MAX_LINE_CHARS = 4 << 20
@@ -78,7 +79,7 @@ class Workload:
         """A named workload, or a JSON-lines file of the user's. Raises DataError with the number of the bad line."""
         name = str(name_or_path)
         if name == "chat":
-            return cls(name, _questions(tokenizer), 1, "8 short questions, one at a time")
+            return cls(name, _questions(tokenizer)[:CHAT_REQUESTS], 1, "4 short questions, one at a time")
         if name == "batch":
             return cls(name, _questions(tokenizer), len(QUESTIONS), "8 short questions, decoded together")
         if name == "summarize":
