@@ -104,9 +104,3 @@ def test_seconds_count_no_prefix_twice(predictor: Predictor) -> None:
     }
     assert list(seconds.values()) == [0.0, 5.0, 12.0, 0.0]
     assert math.isfinite(sum(predictor.after([]).seconds(Q8).values()))
-
-
-def test_rounds_fit_the_time_but_never_less_than_two(predictor: Predictor) -> None:
-    each = predictor.physics(Q8)["request"] * predictor.requests
-    assert [predictor.rounds(Q8, seconds * each, 5) for seconds in (0.1, 2.5, 3.5, 100)] == [2, 2, 3, 5]
-    assert predictor.rounds(Q8, 100 * each, 1) == 1

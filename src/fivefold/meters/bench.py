@@ -14,6 +14,7 @@ kept, and the context says how many of either there were.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -212,13 +213,19 @@ class Bench:
 
 def measure(
     model: Model, workload: Workload, *, rounds: int = 5, machine: Machine | None = None,
-    prices: Prices | None = None, country: str = "world",
+    prices: Prices | None = None, country: str = "world", patience: float = math.inf,
 ) -> Measurement:
-    """Every resource metric of an exported model under the workload, in this process (it should be fresh)."""
+    """Every resource metric of an exported model under the workload, in this process (it should be fresh).
+
+    After `patience` seconds no further round is begun, but two are always made (one if `rounds` is 1).
+    """
     bench = Bench(model, workload, machine=machine or Machine.load(), prices=prices or Prices.load(), country=country)
     bench.warm_up()
     done: list[Round] = []
+    least, end = min(2, rounds), time.perf_counter() + patience
     while len(done) < 2 * rounds and sum(not r.disturbed for r in done) < rounds:
+        if len(done) >= least and time.perf_counter() > end:
+            break
         done.append(bench.round())
     return bench.finish(quietest(done, rounds), run=len(done), disturbed=sum(r.disturbed for r in done))
 

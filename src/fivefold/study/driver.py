@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import signal
 import subprocess
@@ -82,7 +83,8 @@ class Processes:
     prices: Any
     country: str = "world"
     seed: int = 0
-    rounds: Callable[[Recipe], int] = lambda recipe: 5
+    rounds: int = 5
+    patience: float = math.inf
     memory: int | None = None
     seconds: float = LIMIT_SECONDS
     quota: int | None = None
@@ -100,7 +102,10 @@ class Processes:
         return _report(self._run({"do": "build", "recipe": str(recipe)}, f"trial-{number}-build", phase))
 
     def measure(self, recipe: Recipe, number: int, artifact: str | None, phase: Phase) -> Report:
-        job = {"do": "measure", "recipe": str(recipe), "artifact": artifact, "rounds": self.rounds(recipe)}
+        job = {
+            "do": "measure", "recipe": str(recipe), "artifact": artifact, "rounds": self.rounds,
+            "patience": min(self.patience, self.seconds),
+        }
         return _report(self._run(job, f"trial-{number}-measure", phase))
 
     def _run(self, job: Mapping[str, Any], name: str, phase: Phase) -> dict[str, Any]:

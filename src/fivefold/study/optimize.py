@@ -31,7 +31,7 @@ from fivefold.tokenizer import Tokenizer
 from fivefold.workload import Workload
 
 DEFAULTS = {"workload": "chat", "text": "encyclopedia", "country": "world"}
-MEASURE_SHARE, DEFAULT_TIME = 0.1, 900.0
+MEASURE_SHARE, DEFAULT_TIME = 0.06, 900.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def optimize(
     """Run or resume the study in `out`; `choices` are those of `setup`. Returns it, finished.
 
     `memory` caps each trial's processes (bytes), `seconds` each phase. `rounds` of the workload are measured, fewer
-    (but 2) where they would take more than `MEASURE_SHARE` of the allowance. Raises Busy, UserError, Infeasible never.
+    (but 2) once they have taken `MEASURE_SHARE` of the allowance. Raises Busy, UserError, Infeasible never.
     """
     text = str(choices.get("text", DEFAULTS["text"]))
     if model.calibration is None and text != DEFAULTS["text"]:
@@ -98,7 +98,7 @@ def optimize(
     runner = Processes(
         folder=Path(out).resolve(), model=model, machine=made.machine, workload=made.workload, windows=made.windows,
         prices=Prices.load(), country=made.country, seed=made.seed, memory=memory,
-        rounds=lambda recipe: made.policy.predictor.rounds(recipe, MEASURE_SHARE * (time or DEFAULT_TIME), rounds),
+        rounds=rounds, patience=MEASURE_SHARE * (time or DEFAULT_TIME),
         quota=None if disk is None else int(disk), **limits,
     )
     if events is not None:

@@ -79,11 +79,6 @@ class Predictor:
         """Metric -> value by physics and the rough table, without evidence."""
         return self._known(recipe)[1]
 
-    def rounds(self, recipe: Recipe, seconds: float, most: int) -> int:
-        """Rounds of the workload that fit into `seconds` by physics alone; at least 2, at most `most`."""
-        each = self.physics(recipe)["request"] * self.requests
-        return max(min(2, most), min(most, int(seconds / each)))
-
     def _known(self, recipe: Recipe) -> tuple[Outline, dict[str, float]]:
         if recipe not in self._memo:
             outline = self._outline(recipe)

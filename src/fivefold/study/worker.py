@@ -92,8 +92,8 @@ class Work:
         model = served(recipe, model)
         with self.phase("measure"):
             measured = measure(
-                model, self._traffic(model), rounds=self.job["rounds"], machine=self.machine,
-                prices=Prices(**self.job["prices"]), country=self.job["country"],
+                model, self._traffic(model), rounds=self.job["rounds"], patience=self.job["patience"],
+                machine=self.machine, prices=Prices(**self.job["prices"]), country=self.job["country"],
             )
         with self.phase("quality"):
             quality = self._fidelity(model, "full")
