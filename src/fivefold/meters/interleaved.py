@@ -30,16 +30,17 @@ from fivefold.meters.worker import job_to_json
 from fivefold.model import Model
 from fivefold.quantity import Measurement, Quantity
 
-COMMAND = [sys.executable, "-m", "fivefold.meters.worker"]
+COMMAND = (sys.executable, "-m", "fivefold.meters.worker")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One arm: an exported model under a workload."""
+    """One arm: an exported model under a workload. `command` is a program that speaks the worker's protocol."""
 
     model: Model
     workload: Any
     label: str = ""
+    command: Sequence[str] = COMMAND
 
 
 class Interleaved:
@@ -65,7 +66,7 @@ class Interleaved:
             for i, job in enumerate(self.jobs):
                 file = Path(self._folder.name) / f"{i}.json"
                 file.write_text(json.dumps(job_to_json(job.model, job.workload, machine, prices, self._country)))
-                worker = _Worker(file, job.label or job.model.name, self._timeout)
+                worker = _Worker(job.command, file, job.label or job.model.name, self._timeout)
                 self._workers.append(worker)
                 worker.reply()  # one opens after the other
         except BaseException:
@@ -113,11 +114,11 @@ def keep(rounds: Sequence[Sequence[dict[str, Any]]], wanted: int) -> list[int]:
 
 
 class _Worker:
-    def __init__(self, job: Path, label: str, timeout: float) -> None:
+    def __init__(self, command: Sequence[str], job: Path, label: str, timeout: float) -> None:
         self._label, self._timeout = label, timeout
         self._errors = job.with_suffix(".log").open("w+b")
         self._process = subprocess.Popen(
-            [*COMMAND, str(job)], stdin=subprocess.PIPE,
+            [*command, str(job)], stdin=subprocess.PIPE,
             stdout=subprocess.PIPE, stderr=self._errors,
         )
 
