@@ -146,6 +146,16 @@ def test_disturbed_rounds_are_repeated_up_to_twice(
     assert m.context["rounds_disturbed"] == sum(s > 0.15 for s in shares)
 
 
+@pytest.mark.parametrize(("rounds", "run"), [(5, 2), (1, 1)])
+def test_without_patience_two_rounds_are_made_where_more_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, machine: Machine, prices: Prices, model: Model, clock: Clock, rounds: int, run: int
+) -> None:
+    monkeypatch.setattr(module, "open_session", lambda model: FakeSession(clock))
+    monkeypatch.setattr(module.Round, "disturbed", False)
+    m = measure(model, TRAFFIC, rounds=rounds, machine=machine, prices=prices, patience=0.0)
+    assert m.context["rounds_run"] == run
+
+
 def test_median_energy_widens_by_the_models_uncertainty() -> None:
     def joules(v: float) -> Quantity:
         return Quantity(value=v, unit="J/token", method="modelled", low=v * 0.5, high=v * 2)
