@@ -68,7 +68,7 @@ def test_quantized_models_answer_more_like_the_parent(
 
 def test_the_student_starts_as_the_file_and_ends_as_the_file(tiny: Callable[..., Model], tmp_path: Path) -> None:
     damaged = Recipe.parse('gguf(type="q4_1", windows=1)').apply(tiny(layers=2))
-    technique = Repair(steps=2, tokens=256)
+    technique = Repair(steps=2, tokens=256, codes=True)
     student = technique._student(damaged, 0)
     for part in student.parts.values():
         np.testing.assert_array_equal(part.packed(), part.parts.data)

@@ -118,8 +118,8 @@ class RoundedStudent(Student):
         return done.but(export=replace(self.model.export, solved=folder))
 
 
-CODE_RATE = 4.0
-"""Codes move in units of one step, scales in units of themselves; measured on SmolLM2-135M."""
+CODE_RATE = 1.0
+"""Codes move in units of one step, scales in units of themselves. At 8e-3 a step every code moving at once did harm."""
 
 
 class FloatStudent(Student):

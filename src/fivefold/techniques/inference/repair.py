@@ -10,10 +10,10 @@ hundred thousand tokens carry far. What is trained is what costs nothing in the 
   gains.
 
 One step of `tokens` tokens costs about 8 x parameters x tokens operations (teacher forward 2, student 6). The state
-that does best on held-out windows is kept. Lowers nothing by itself: it buys back quality, so that a smaller setting of the
-technique before it becomes acceptable. It costs training once (see payback), and it fits the distribution of the
-calibration text. Little is gained where the damage is already near the engine's own arithmetic noise (about 0.005 nats
-for engines with 8-bit activations).
+that does best on held-out windows is kept. Lowers nothing by itself: it buys back quality, so that a smaller setting of
+the technique before it becomes acceptable. It costs training once (see payback), and it fits the distribution of the
+calibration text. Little is gained where the damage is already near the engine's own arithmetic noise (about 0.005
+nats for engines with 8-bit activations).
 
 Sources: EfficientQAT (Chen et al., arXiv 2407.11062); LoRA (Hu et al., arXiv 2106.09685); Hinton et al., arXiv
 1503.02531.
@@ -48,10 +48,10 @@ class Repair(Technique):
     """Training steps."""
     tokens: Annotated[int, Range(64, 65_536, log=True), Fixed()] = 1024
     """Tokens per step, in sequences of 256."""
-    rate: Annotated[float, Range(1e-6, 1e-1, log=True), Fixed()] = 1e-3
+    rate: Annotated[float, Range(1e-6, 1e-1, log=True), Fixed()] = 3e-4
     """Peak learning rate, relative for scales."""
-    codes: Annotated[bool, Fixed()] = True
-    """After quantization, train the codes too; takes memory for four more copies of the weights."""
+    codes: Annotated[bool, Fixed()] = False
+    """After quantization, train the codes too: for long runs; takes memory for four more copies of the weights."""
     rank: Annotated[int, Range(1, 512, log=True), Fixed()] = 32
     """After pruning, rank of the change of each linear layer."""
 
