@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import interval, number, publish, table
 
 from fivefold.engines import llama_cpp
 from fivefold.engines._llama_abi import library
@@ -104,6 +105,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=llama_cpp.physical_cores())
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="write no fragment")
     asked = parser.parse_args()
     threads, clock = (1, time.thread_time) if asked.cpu_time else (asked.threads, time.perf_counter)
     model = load(asked.file)
@@ -120,12 +122,17 @@ def main() -> None:
             took = loops[name](prompt, asked.tokens)
             if round_:
                 seconds[name].append(took)
+    rows = []
     for name, times in seconds.items():
         ratio = Quantity.median_of([a / b for a, b in zip(times, seconds["bare C loop"], strict=True)], "x")
         speed = (asked.tokens - 1) / float(np.median(times))
         extra = 1e6 * float(np.median(np.subtract(times, seconds["bare C loop"]))) / (asked.tokens - 1)
-        interval = f"time x {ratio.value:.4f} [{ratio.low:.4f}, {ratio.high:.4f}]"
-        print(f"{name:18} {speed:7.1f} tok/s  {extra:+6.0f} us/token  {interval}")
+        rows.append([name, number(speed, 1), f"{extra:+.0f}", interval(ratio, 4)])
+    clocks = f"{threads} thread{'s' * (threads > 1)}, {'processor time' if asked.cpu_time else 'wall clock'}"
+    made = table(["decoding loop", "token/s", "us per token more", "time x bare loop"], rows)
+    what = f"{asked.file.name}: {asked.tokens} tokens, {asked.rounds} rounds, {clocks}."
+    publish("engine_overhead", "What a call through Session.generate costs", f"{what}\n\n{made}",
+            packages=("xllamacpp",), keep=not asked.quick)
 
 
 if __name__ == "__main__":

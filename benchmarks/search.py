@@ -19,6 +19,9 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from _common import number, publish
+from _common import table as markdown
+
 from fivefold.budget import Allowance, Budget, objectives
 from fivefold.machine import Machine
 from fivefold.model import Model, load
@@ -108,6 +111,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--quick", action="store_true", help="write no fragment")
     given = parser.parse_args(arguments)
     if given.record:
         Table.of(Study.open(given.record).trials).save(given.table)
@@ -118,9 +122,17 @@ def main(arguments: Sequence[str]) -> None:
     found = compare(table, goal, load(given.model), Machine.load(), seconds, given.seeds)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{'sampler':10}" + "".join(f"{share:>8.0%}" for share in SHARES) + f"   of {seconds:.0f} s")
-    for name, row in found.items():
-        print(f"{name:10}" + "".join(f"{v:8.3f}" for v in row["median"]))
+    rows = [
+        [name, *(number(v) for v in row["median"]), f"{number(row['least'][-1])} to {number(row['most'][-1])}"]
+        for name, row in found.items()
+    ]
+    heads = ["sampler", *(f"{share:.0%}" for share in SHARES), "range at 100 %"]
+    what = (
+        f"{len(table.trials)} recorded trials, {given.objectives}, budget `{given.budget}`. Share of the best"
+        f" hypervolume after each part of {seconds:.0f} s of trials, median of {given.seeds} seeds."
+    )
+    publish("search", "Samplers at equal spend", f"{what}\n\n{markdown(heads, rows)}", packages=("optuna",),
+            keep=not given.quick)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dataclasses import replace
 
 import httpx
 import psutil
+from _common import interval, publish, table
 
 from fivefold.engines import Sampling, Session, open_session
 from fivefold.model import load
@@ -136,6 +137,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 is its own default")
+    parser.add_argument("--quick", action="store_true", help="write no fragment")
     args = parser.parse_args()
     model = load(args.model)
     model = model.but(run=replace(model.run, threads=args.threads or None))
@@ -153,9 +155,10 @@ def main() -> int:
             session.close()
             threads = {t.id: t.user_time + t.system_time for t in psutil.Process(server.pid).threads()}
             web = threads[server.pid] - before
-            print(f"HTTP's share of the server's CPU time: {web / (sum(threads.values()) - before):.3f}")
-            for name, q in (("second", wall), ("CPU second", cpu)):
-                print(f"tokens per {name}, served / bare = {q.value:.3f} [{q.low:.3f}, {q.high:.3f}], n {q.n}")
+            share = web / (sum(threads.values()) - before)
+            rows = [[f"tokens per {name}, served / bare", interval(q, 3)]
+                    for name, q in (("second", wall), ("CPU second", cpu))]
+            rows.append(["HTTP's share of the server's CPU time", f"{share:.3f}"])
             seen: Counter[str] = Counter()
             wrong: list[str] = []
             deadline = time.monotonic() + args.seconds
@@ -165,7 +168,7 @@ def main() -> int:
             for thread in users:
                 thread.join()
             counts = ", ".join(f"{kind} x {n}" for kind, n in sorted(seen.items()))
-            print(f"{args.clients} clients for {args.seconds:g} s: {counts}")
+            under = f"{args.clients} clients for {args.seconds:g} s, good and bad requests mixed: {counts}."
             after = client.post("/v1/completions", json={"prompt": "Once", "max_tokens": 8})
             if after.status_code != 200 or after.json()["usage"]["completion_tokens"] < 1:
                 wrong.append(f"afterwards a good request got {after.status_code}")
@@ -175,7 +178,10 @@ def main() -> int:
         code = server.wait(60)
     if code != 0:
         wrong.append(f"the server stopped with exit code {code}")
-    print("\n".join(wrong) or "every answer was as it should be")
+    verdict = "Every answer was as it should be." if not wrong else "\n".join(f"- {line}" for line in wrong)
+    made = table([f"one stream, {args.tokens} tokens after {len(prompt)}, {args.rounds} rounds", "ratio"], rows)
+    publish("serve_load", "The endpoint against its bare engine, and under load", f"{made}\n\n{under} {verdict}",
+            packages=("fastapi", "uvicorn"), keep=not args.quick)
     return 1 if wrong else 0
 
 

@@ -9,7 +9,7 @@ importance matrix: one type for the matrices, Q8_0 for the embedding that is als
 recommends. Slow arms get fewer and shorter requests in the same round; speeds are per token.
 
 Quality is taken on 2,048 evaluation tokens in windows of 512, in the arm's own engine, against the parent in float32.
-`--quick` is a smoke run of a minute that writes nothing.
+`--quick` takes one round of a few tokens and writes nothing; try it with `--types q8_0 --bits 5.0`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fivefold.engines import default_engine, open_session
 from fivefold.errors import StoreError
 from fivefold.export import export
 from fivefold.machine import Machine
-from fivefold.meters.interleaved import COMMAND, Interleaved, Job
+from fivefold.meters.interleaved import Interleaved, Job
 from fivefold.model import ExportPlan, Model
 from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe
@@ -59,7 +59,7 @@ class Arm:
     ours: bool = False
     slow: bool = False
     like: str = ""
-    command: Sequence[str] = COMMAND
+    command: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,14 +235,14 @@ def goals(rows: Sequence[Row]) -> str:
         return (top[2], top[0]) if top else (None, 0.0)
 
     def said(goal: str, row: Row | None, reached: bool, how: str) -> str:
-        verdict = "reached" if reached else "not reached"
+        verdict = "reached" if reached and row else "not reached"
         return f"- {goal}: **{verdict}**" + (f", {how} by {_name(row.arm)}" if row else ", nothing of ours qualifies")
 
     light, faster = best([r for r in mine if r.memory <= 0.27 * fp32.memory], "fp32")
     close, quicker = best([r for r in mine if (r.quality["agreement"].value or 0.0) >= 0.90], "q8_0")
     filling, share = best(mine, "openvino")
-    heavy = max(mine, key=lambda r: r.memory / r.file)
-    over = heavy.memory / heavy.file
+    heavy = max(mine, key=lambda r: r.memory / r.file, default=None)
+    over = heavy.memory / heavy.file if heavy else 0.0
     lighter = light.memory / fp32.memory if light else 0.0
     return "\n".join([
         said("decode at least 8x transformers fp32 (the faster of its two rows) at no more than 0.27x its memory",
@@ -252,6 +252,10 @@ def goals(rows: Sequence[Row]) -> str:
         said("peak memory at most 1.5x the file for each of ours", heavy, over <= 1.5, f"at most {over:.2f}x"),
         said("prefill of OpenVINO's class (at least 0.8x of its fastest row)", filling, share >= 0.8, f"{share:.2f}x"),
     ])
+
+
+def _listed(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def _name(arm: Arm) -> str:
@@ -279,11 +283,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
     if given.quick:
-        given.types, given.bits, given.rounds = "q8_0,q4_k_m", "5.0", 1
+        given.rounds = 1
     parent = bundled.load("smollm2-135m")
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        arms = [*peers(parent, given.types.split(","), work), *ours(parent, given.bits.split(","), given.study, work)]
+        arms = [*peers(parent, _listed(given.types), work), *ours(parent, _listed(given.bits), given.study, work)]
         rows = measured(arms, parent, given)
     publish(
         "serving", "Serving SmolLM2-135M", "\n\n".join([goals(rows), chat_table(rows), long_table(rows), notes(rows)]),

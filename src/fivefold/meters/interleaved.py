@@ -30,17 +30,17 @@ from fivefold.meters.worker import job_to_json
 from fivefold.model import Model
 from fivefold.quantity import Measurement, Quantity
 
-COMMAND = (sys.executable, "-m", "fivefold.meters.worker")
+COMMAND = [sys.executable, "-m", "fivefold.meters.worker"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One arm: an exported model under a workload. `command` is a program that speaks the worker's protocol."""
+    """One arm: an exported model under a workload. `command` starts another program that speaks the protocol."""
 
     model: Model
     workload: Any
     label: str = ""
-    command: Sequence[str] = COMMAND
+    command: Sequence[str] = ()
 
 
 class Interleaved:
@@ -66,7 +66,7 @@ class Interleaved:
             for i, job in enumerate(self.jobs):
                 file = Path(self._folder.name) / f"{i}.json"
                 file.write_text(json.dumps(job_to_json(job.model, job.workload, machine, prices, self._country)))
-                worker = _Worker(job.command, file, job.label or job.model.name, self._timeout)
+                worker = _Worker(job.command or COMMAND, file, job.label or job.model.name, self._timeout)
                 self._workers.append(worker)
                 worker.reply()  # one opens after the other
         except BaseException:
