@@ -25,7 +25,7 @@ from fivefold.techniques._shared.calibration import windows as calibration_windo
 from fivefold.weights import check_safetensors, write_safetensors
 
 KEPT = 2
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def _fill(
             else:
                 data = round_with_feedback(matrix, kind, hessian, upper)
             error = torch.from_numpy(dequantize(data, kind, matrix.shape) - matrix)
-            damage[name][kind] = max(curvature.damage(error), 0.0)
+            damage[name][kind] = curvature.damage(error)
             packed.setdefault(kind, {})[name] = data
     for kind, found in packed.items():
         write_safetensors(work / f"{kind}.safetensors", found)

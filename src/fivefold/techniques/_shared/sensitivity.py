@@ -21,6 +21,7 @@ arXiv 1905.12558).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 Tokens = NDArray[np.int64]
 HEAD = "head"
+JITTER = 1e-4
 
 
 @dataclass(kw_only=True)
@@ -49,10 +51,21 @@ class Curvature:
 
     def damage(self, error: torch.Tensor) -> float:
         """Predicted KL, nats per token, of adding `error` (rows, columns) to the matrix."""
-        total = float(self.rows @ ((error @ self.inputs) * error).sum(1))
+        total = float(self.rows @ (error @ self.root).square().sum(1))
         if self.lookup_rows is not None:
             total += float(self.lookup_rows @ (error.square() @ self.lookup_columns))
         return total / 2
+
+    @functools.cached_property
+    def root(self) -> torch.Tensor:
+        """L with L L^T = H + JITTER mean(diag H): |D L|^2 is never negative, while D H D^T in float32 can be."""
+        import torch
+
+        mean = self.inputs.diagonal().mean().double()
+        if mean <= 0:
+            return torch.zeros_like(self.inputs)
+        jitter = JITTER * torch.eye(len(self.inputs), dtype=torch.float64)
+        return (torch.linalg.cholesky(self.inputs.double() / mean + jitter) * mean.sqrt()).float()
 
     def hessian(self) -> torch.Tensor:
         """What all rows share: the (columns, columns) weight of an error, averaged over rows."""
