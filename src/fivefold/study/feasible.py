@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from fivefold.budget import Budget, Limit
 from fivefold.errors import Infeasible
-from fivefold.metrics import METRICS
+from fivefold.metrics import METRICS, show
 from fivefold.study.pareto import Values, values_of
 from fivefold.study.trial import Outcome, Trial
 
@@ -89,6 +89,6 @@ def infeasible(trials: Sequence[Trial], budget: Budget, parent: Values) -> Nothi
         )
     unit = METRICS[one.limit.metric].unit
     return NothingFits(
-        f"no measured recipe meets {budget}; relax {one.limit} to {one.value:.4g} {unit} ({one.excess:.0%} off) and"
-        f" {one.trial.recipe} fits", found, one,
+        f"no measured recipe meets {budget}; relax {one.limit} to {show(one.value, unit)} ({one.excess:.0%} off) and"
+        f" {one.trial.recipe} fits, or allow more time", found, one,
     )
