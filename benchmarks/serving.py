@@ -1,15 +1,17 @@
 """Every way to serve SmolLM2-135M on this machine, side by side: transformers, OpenVINO, llama.cpp's types, ours.
 
-    python benchmarks/serving.py [--study runs/demo] [--rounds 5] [--types q8_0,q4_0] [--bits 4.5,5,5.5,6] [--quick]
+    python benchmarks/serving.py [--study runs/demo] [--rounds 5] [--types q8_0,q4_0] [--ours "R; R"] [--quick]
 
 All arms start from the same float weights (the off-grid parent). Each runs in a process of its own; within a round
 every arm has its turn, so ratios are paired. The standard files are what llama.cpp's own quantizer writes without an
 importance matrix: one type for the matrices, Q8_0 for the embedding that is also the output head, and its mixtures
-(`llama_types`). Ours are `mixed_precision` at several sizes, the last one also with prompt lookup, and what a study
-recommends. Slow arms get fewer and shorter requests in the same round; speeds are per token.
+(`llama_types`). Ours are recipes (`mixed_precision` at several sizes and once with prompt lookup, unless `--ours` says
+otherwise) and what a study recommends. Slow arms get fewer and shorter requests in the same round; speeds are per
+token.
 
 Quality is taken on 2,048 evaluation tokens in windows of 512, in the arm's own engine, against the parent in float32.
-`--quick` takes one round of a few tokens and writes nothing; try it with `--types q8_0 --bits 5.0`.
+`--quick` takes one round of a few tokens and writes nothing; with `--types q8_0 --ours 'gguf(type="q4_0")'` it takes
+two minutes.
 """
 
 from __future__ import annotations
@@ -44,6 +46,9 @@ from fivefold.workload import Workload
 
 PEER = (sys.executable, str(Path(__file__).with_name("_transformers_worker.py")))
 TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q4_k_m")
+OURS = "; ".join(
+    [*(f"mixed_precision(bits={b})" for b in (4.5, 5.0, 5.5, 6.0)), "mixed_precision(bits=5.0) + prompt_lookup()"]
+)
 OPENVINO_READS = ("f16", "q8_0", "q4_0")
 FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 FP32 = ("transformers generate, fp32", "torch engine, fp32")
@@ -117,18 +122,20 @@ def peers(parent: Model, types: Sequence[str], work: Path) -> list[Arm]:
     return arms
 
 
-def ours(parent: Model, bits: Sequence[str], study: Path | None, work: Path) -> list[Arm]:
-    arms = []
-    for b in bits:
-        recipe = f"mixed_precision(bits={b})"
-        folder = work / f"mixed-{b}"
-        model = export(Recipe.parse(recipe).apply(parent.but(work=folder / "work")), folder)
-        arms.append(Arm(name=recipe, model=model, ours=True))
-    if arms:
-        last = arms[-1]
-        looking = Recipe.parse("prompt_lookup(ngram=2, tokens=8)")
-        name = f"{last.name} + prompt_lookup"
-        arms.append(Arm(name=name, model=served(looking, last.model), ours=True, like=last.name))
+def ours(parent: Model, recipes: Sequence[str], study: Path | None, work: Path) -> list[Arm]:
+    """Recipes that differ at run time only share one file."""
+    files = {"parent": parent}
+    names: dict[Recipe, str] = {}
+    arms: list[Arm] = []
+    for text in recipes:
+        recipe = Recipe.parse(text)
+        build = str(recipe.build)
+        if build not in files:
+            folder = work / f"ours-{len(files)}"
+            files[build] = export(recipe.build.apply(parent.but(work=folder / "work")), folder)
+        like = names.get(Recipe(*(t for t in recipe if t.name != "prompt_lookup")), "")
+        names[recipe] = text
+        arms.append(Arm(name=text, model=served(recipe, files[build]), ours=True, like=like))
     return [*arms, *([recommended(parent, study)] if study else [])]
 
 
@@ -254,8 +261,8 @@ def goals(rows: Sequence[Row]) -> str:
     ])
 
 
-def _listed(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
+def _listed(text: str, between: str) -> list[str]:
+    return [part.strip() for part in text.split(between) if part.strip()]
 
 
 def _name(arm: Arm) -> str:
@@ -278,7 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--study", type=Path, help="folder of a study whose recommendation is measured too")
     parser.add_argument("--types", default=",".join(TYPES), help="llama.cpp's types")
-    parser.add_argument("--bits", default="4.5,5.0,5.5,6.0", help="of mixed_precision")
+    parser.add_argument("--ours", default=OURS, help="recipes, separated by semicolons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true")
     given = parser.parse_args()
@@ -287,7 +294,10 @@ def main() -> None:
     parent = bundled.load("smollm2-135m")
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        arms = [*peers(parent, _listed(given.types), work), *ours(parent, _listed(given.bits), given.study, work)]
+        arms = [
+            *peers(parent, _listed(given.types, ","), work),
+            *ours(parent, _listed(given.ours, ";"), given.study, work),
+        ]
         rows = measured(arms, parent, given)
     publish(
         "serving", "Serving SmolLM2-135M", "\n\n".join([goals(rows), chat_table(rows), long_table(rows), notes(rows)]),
