@@ -156,6 +156,14 @@ class Allowance:
         return cls(**found)
 
 
+def size(text: str) -> int:
+    """`1GB` -> bytes. Raises BudgetError."""
+    match = _AMOUNT.fullmatch(text)
+    if not match or match[1] or match[3] not in _SIZES:
+        raise BudgetError(f"cannot read the size {text.strip()[:60]!r}; write it like 900MB or 1.5GiB")
+    return int(_number(match[2], text) * _SIZES[match[3]])
+
+
 def objectives(text: str) -> tuple[str, ...]:
     """`latency,energy,size` -> metric names, each once. Higher-is-better metrics are maximised. Raises BudgetError."""
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

@@ -38,6 +38,7 @@ def optimize(
     budget: BudgetText = "", minimize: Objectives = "latency,energy,size", allowance: AllowanceText = "30min",
     workload: WorkloadName = "chat", text: TextSource = "encyclopedia", country: Country = "world",
     sampler: Sampler = "fivefold", seed: Seed = 0,
+    memory: Annotated[str, typer.Option("--memory", help='Cap on each trial: "1GB". Above it, it is out of memory.')] = "",
 ) -> None:
     """Search for cheaper recipes within a budget; leaves a measured front, a report and artifacts."""
     from fivefold import display, verbs
@@ -46,7 +47,7 @@ def optimize(
         with display.LiveStudy() as live:
             study = verbs.optimize(
                 model, out=out, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text,
-                country=country, sampler=sampler, seed=seed, events=live,
+                country=country, sampler=sampler, seed=seed, memory=memory, events=live,
             )
     except KeyboardInterrupt:
         print("\nfivefold: stopped; nothing is lost, the same command goes on", file=sys.stderr)

@@ -12,7 +12,7 @@
     │  └─ Busy                       another process holds this study or run
     ├─ Infeasible           exit 3   nothing meets the budget; names the nearest misses
     ├─ Departure            exit 4   a shipped copy does not measure like its trial
-    └─ TrialFailure                  a typed outcome of one trial; the study keeps it and goes on
+    └─ TrialFailure         exit 2   a typed outcome of one trial; the study keeps it and goes on (alone, it ends)
        ├─ OutOfMemory  TimedOut  Crashed  NotFinite
 
 Anything else that is raised is a bug of ours and keeps its traceback.
@@ -71,6 +71,7 @@ class Departure(FivefoldError):
 
 
 class TrialFailure(FivefoldError):
+    exit_code = 2
     outcome = "failed"
 
 

@@ -21,6 +21,8 @@ from fivefold.errors import StoreError
 
 _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.ENOTDIR}
 
+PARTIAL = ".partial"
+
 
 @contextmanager
 def storage(path: Path) -> Iterator[None]:
@@ -44,7 +46,7 @@ def atomic_file(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     try:
         with storage(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
             with os.fdopen(descriptor, "wb") as file:
                 fill(file)
                 file.flush()
@@ -91,6 +93,12 @@ def remove_partial(path: Path) -> None:
     """Remove what a killed process left of `path`. Only for the holder of its lock."""
     for left in path.parent.glob(f".{path.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the half-written files that killed processes left in `folder`. Only for the holder of its lock."""
+    for left in folder.glob(f".*{PARTIAL}"):
+        left.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -64,18 +64,20 @@ def plan(
 def optimize(
     model: str | Path, *, out: str | Path, budget: str = "", minimize: str = "latency,energy,size",
     allowance: str = "30min", workload: str = "chat", text: str = "encyclopedia", country: str = "world",
-    sampler: str = "fivefold", seed: int = 0, events: Callable[[Any], None] | None = None,
+    sampler: str = "fivefold", seed: int = 0, memory: str = "", events: Callable[[Any], None] | None = None,
 ) -> Study:
     """Search, resume or finish the study in `out`; leaves its report there.
 
+    `memory` ("1GB") caps each process of a trial: above it the trial is out of memory and the search goes on.
     Raises Infeasible when nothing measured meets the budget (the report is written all the same), Busy when another
     process works on `out`, UserError for what is wrong with the arguments.
     """
     choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed)
+    from fivefold.budget import size
     from fivefold.model import load
     from fivefold.study.optimize import optimize as search
 
-    study = search(load(model), Path(out), events=events, **choices)
+    study = search(load(model), Path(out), events=events, memory=size(memory) if memory else None, **choices)
     report(study)
     study.pick()
     return study

@@ -22,7 +22,7 @@ from fivefold.errors import DataError, NotFinite
 
 BLOCK = 256
 ROUGH_FLOOR = 1e-3
-BROKEN = "the model's logits hold NaN or infinity, so they are no distribution"
+BROKEN = "the model's logits hold NaN or infinity, so they are no distribution; check its weights"
 
 
 def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from fivefold.engines import Sampling
 from fivefold.engines._lookup import Lookup
 from fivefold.engines._openvino_ir import MATRIX_TYPES as GGUF_TYPES  # noqa: F401
-from fivefold.engines._sampling import drawer, log_softmax
+from fivefold.engines._sampling import BROKEN, drawer, log_softmax
 from fivefold.errors import DataError, MissingExtra, ModelError, NotFinite
 from fivefold.model import Model
 
@@ -106,7 +106,7 @@ class OpenVINOSession:
             mask = np.ones((1, end), np.int64)
             log_softmax(self._forward(part, mask, np.arange(first, end)[None], end - first)[0], out[first:end])
         if np.isnan(out[:, 0]).any():
-            raise NotFinite("the model's logits are not finite, so the text cannot be scored")
+            raise NotFinite(BROKEN)
         return out
 
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:

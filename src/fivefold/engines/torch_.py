@@ -13,7 +13,8 @@ Source: transformers, https://github.com/huggingface/transformers (Apache-2.0).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
 from fivefold.engines._lookup import Lookup
-from fivefold.engines._sampling import drawer, log_softmax
+from fivefold.engines._sampling import BROKEN, drawer, log_softmax
 from fivefold.errors import DataError, ModelError, NotFinite, OutOfMemory
 from fivefold.model import Model
 
@@ -62,12 +63,12 @@ class TorchSession:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        logging.set_verbosity_error()
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model.path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=self._dtype,
-            output_loading_info=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )
-        if report["missing_keys"]:
-            raise ModelError(f"{model.path} lacks the weights {min(report['missing_keys'])}; copy the model again")
+        _check_loaded(model, report)
         return loaded.eval()
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -79,7 +80,7 @@ class TorchSession:
             logits, cache = self._forward([part], cache, keep=len(part))
             log_softmax(logits[0], out[first : first + len(part)])
         if np.isnan(out[:, 0]).any():
-            raise NotFinite("the model's logits are not finite, so the text cannot be scored")
+            raise NotFinite(BROKEN)
         return out
 
     def _forward(self, rows: Sequence[Sequence[int]], cache: Any, keep: int, **more: Any) -> tuple[Any, Any]:
@@ -195,6 +196,25 @@ class TorchSession:
                 " shorten the text or raise the context of the run plan"
             )
         return ids
+
+
+def _check_loaded(model: Model, report: Mapping[str, Any]) -> None:
+    """Every weight the config describes was there in its shape, and no layer is left over."""
+    if report["missing_keys"]:
+        raise ModelError(f"{model.path} lacks the weights {min(report['missing_keys'])}; copy the model again")
+    if report["mismatched_keys"]:
+        name, stored, described = min(report["mismatched_keys"])
+        raise ModelError(
+            f"{model.path} holds {name} in shape {list(stored)} and its config.json describes {list(described)};"
+            " copy the model again"
+        )
+    for name in sorted(report["unexpected_keys"]):
+        layer = re.match(r"(?:\w+\.)?(?:layers|h)\.(\d+)\.", name)
+        if layer and int(layer[1]) >= model.blueprint.layers:
+            raise ModelError(
+                f"{model.path} holds {name} and its config.json describes {model.blueprint.layers} layers;"
+                " correct config.json or copy the model again"
+            )
 
 
 @contextmanager

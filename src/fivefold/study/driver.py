@@ -27,7 +27,7 @@ import psutil
 
 from fivefold import errors
 from fivefold.errors import Crashed, OutOfMemory, TimedOut
-from fivefold.files import write_text
+from fivefold.files import sweep, write_text
 from fivefold.machine import Machine, usable_ram
 from fivefold.model import Model, model_to_json
 from fivefold.quantity import Measurement, Quantity
@@ -90,6 +90,8 @@ class Processes:
     quota: int | None = None
 
     def prepare(self) -> None:
+        for folder in (self.folder, self.folder / "jobs"):
+            sweep(folder)
         if not all((self.folder / f"reference-{size}.npz").is_file() for size in ("screen", "full")):
             windows = {
                 "screen": self.windows("screen", SCREEN_TOKENS), "full": self.windows("evaluation", FULL_TOKENS)

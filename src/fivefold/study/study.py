@@ -128,7 +128,10 @@ class _Run:
             trials = []
         self.tell(ev.Started(str(self.study.folder), len(trials)))
         start = time.perf_counter()
-        self.runner.prepare()
+        try:
+            self.runner.prepare()
+        except TrialFailure as error:
+            raise UserError(f"the parent itself could not be measured ({error}); correct that first") from None
         self.prepared = time.perf_counter() - start
         while True:
             step = self.policy.next(trials)
