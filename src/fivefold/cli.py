@@ -38,7 +38,7 @@ def optimize(
     budget: BudgetText = "", minimize: Objectives = "latency,energy,size", allowance: AllowanceText = "30min",
     workload: WorkloadName = "chat", text: TextSource = "encyclopedia", country: Country = "world",
     sampler: Sampler = "fivefold", seed: Seed = 0,
-    memory: Annotated[str, typer.Option("--memory", help='Cap on each trial: "1GB". Above it, it is out of memory.')] = "",
+    memory: Annotated[str, typer.Option("--memory", help='Cap on each trial: "1GB"; above it, out of memory.')] = "",
 ) -> None:
     """Search for cheaper recipes within a budget; leaves a measured front, a report and artifacts."""
     from fivefold import display, verbs
