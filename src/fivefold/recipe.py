@@ -29,6 +29,7 @@ from fivefold.model import Model, Trait
 from fivefold.space import dimensions, nearest
 
 MAX_TEXT = 4000
+CALIBRATION_TOKENS = 4096
 
 
 class Stage(enum.IntEnum):
@@ -78,6 +79,10 @@ class Technique:
     def plan(self, model: Model) -> Model:
         """The plans and the blueprint as `apply` will leave them, without its work. Default: a build edits neither."""
         return self.apply(model) if self.runtime else model
+
+    def effort(self, model: Model) -> float:
+        """Arithmetic operations it takes to apply, roughly; a plan's forecast, corrected by what trials then cost."""
+        return 0.0 if self.runtime else CALIBRATION_TOKENS * 2.0 * model.blueprint.parameters
 
     def apply(self, model: Model) -> Model:
         raise NotImplementedError(f"{self.name} has no apply")

@@ -32,6 +32,8 @@ from fivefold.workload import Workload
 
 DEFAULTS = {"workload": "chat", "text": "encyclopedia", "country": "world"}
 MEASURE_SHARE, DEFAULT_TIME = 0.06, 900.0
+LEAST_SECONDS = 120.0
+"""No phase of a trial may take longer than the whole allowance, but this much it may always take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,9 @@ def optimize(
     if model.calibration is None and text != DEFAULTS["text"]:
         model = model.but(calibration=calibration_text(text, Path(out)))
     made = setup(model, **choices)
-    limits: dict[str, Any] = {} if seconds is None else {"seconds": seconds}
     disk, time = made.policy.allowance.disk, made.policy.allowance.time
+    longest = seconds or (max(LEAST_SECONDS, time) if time else None)
+    limits: dict[str, Any] = {} if longest is None else {"seconds": longest}
     runner = Processes(
         folder=Path(out).resolve(), model=model, machine=made.machine, workload=made.workload, windows=made.windows,
         prices=Prices.load(), country=made.country, seed=made.seed, memory=memory,

@@ -31,7 +31,7 @@ from fivefold.meters.energy import PowerModel
 from fivefold.metrics import METRICS
 from fivefold.model import Blueprint, Model
 from fivefold.quantity import Measurement, Quantity
-from fivefold.recipe import Recipe
+from fivefold.recipe import Recipe, Technique
 from fivefold.study.pareto import Goal
 from fivefold.study.trial import Outcome, Trial
 from fivefold.techniques._shared.gguf_types import bits
@@ -45,6 +45,8 @@ RESOURCES = ("flops", "latency", "ttft", "request", "decode", "prefill", "memory
              "money", "network")
 TIMED = {"latency", "decode", "request", "throughput", "energy", "money", "carbon"}
 MARGIN = 0.1
+SLOW_RATE = 5e10
+"""Arithmetic rate assumed of a machine that was never calibrated."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +155,11 @@ class Forecast:
         for trial in history:
             for key, seconds in trial.spent.items():
                 self._steps.setdefault(key, []).append(seconds)
+        self._pace: dict[str, list[float]] = {}
+        for trial in history:
+            for technique in Recipe.parse(trial.recipe) if any(k.startswith("step.") for k in trial.spent) else ():
+                if taken := trial.spent.get(f"step.{technique.name}"):
+                    self._pace.setdefault(technique.name, []).append(taken / self._effort(technique))
         self.parent = next((t for t in history if t.recipe == "parent" and t.outcome is Outcome.MEASURED), None)
         self._similar = [t for t in history if t.spent.get("measure") and t.recipe != "parent"]
 
@@ -192,9 +199,9 @@ class Forecast:
         build = 0.0
         for i, technique in enumerate(recipe.build.techniques):
             if prefix_text(recipe, i + 1) not in self._built:
-                build += self._step(technique.name)
+                build += self._step(technique)
         if str(recipe.build) not in self._built:
-            build += self._step("export")
+            build += median(self._steps.get("step.export") or [self._base()])
         rough = self.predictor.physics(recipe)
         if self._similar:
             rest = {k: median(t.spent.get(k, 0.0) for t in self._similar) for k in ("screen", "measure", "quality")}
@@ -208,9 +215,17 @@ class Forecast:
         overhead = self._steps.get("overhead")
         return {"build": build, **rest, "overhead": median(overhead) if overhead else 2.0}
 
-    def _step(self, name: str) -> float:
-        known = self._steps.get(f"step.{name}")
-        return median(known) if known else 3.0 + 6e-8 * self.predictor.model.blueprint.parameters
+    def _step(self, technique: Technique) -> float:
+        """Seconds to apply: by its declared effort, times what this technique took against that in earlier trials."""
+        return self._effort(technique) * median(self._pace.get(technique.name) or [1.0])
+
+    def _effort(self, technique: Technique) -> float:
+        rate = self.predictor.machine.gemm("float32").value or SLOW_RATE
+        return self._base() + technique.effort(self.predictor.model) / rate
+
+    def _base(self) -> float:
+        """Seconds to read and write the model once."""
+        return 3.0 + 6e-8 * self.predictor.model.blueprint.parameters
 
     def objection(
         self, recipe: Recipe, prediction: Measurement, goal: Goal, parent: Mapping[str, float | None]

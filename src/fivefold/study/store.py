@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,12 +119,23 @@ class Store:
         with self._told():
             if self._writer is not None:
                 return self._writer.execute(query).fetchall()
-            reader = sqlite3.connect(self.file.resolve().as_uri() + "?mode=rw", uri=True, isolation_level=None)
+            reader = sqlite3.connect(self.file.resolve().as_uri() + self._how(), uri=True, isolation_level=None)
             try:
                 tables = {name for (name,) in reader.execute("SELECT name FROM sqlite_master")}
                 return reader.execute(query).fetchall() if {"meta", "trial"} <= tables else []
             finally:
                 reader.close()
+
+    def _how(self) -> str:
+        """Reading beside a writer needs the log's index, which is a file; a read-only folder has no writer."""
+        if os.access(self.folder, os.W_OK):
+            return "?mode=rw"
+        log = self.file.with_name(FILE + "-wal")
+        if log.is_file() and log.stat().st_size:
+            raise StoreError(
+                f"{self.folder} is read-only and its study was killed while writing; copy it to a folder of your own"
+            )
+        return "?mode=ro&immutable=1"
 
     def _write(self, query: str, values: tuple[Any, ...]) -> None:
         assert self._writer is not None, "a study is written inside `with store.writing():`"
@@ -137,7 +149,7 @@ class Store:
         except sqlite3.OperationalError as error:
             if "locked" in str(error):
                 raise Busy(f"another process holds {self.file}; try again when it is done") from None
-            if "full" in str(error) or "readonly" in str(error) or "unable to open" in str(error):
+            if any(said in str(error) for said in ("full", "readonly", "unable to open", "disk I/O")):
                 raise StoreError(
                     f"{self.file} cannot be written ({error}); free disk space or check its rights"
                 ) from None

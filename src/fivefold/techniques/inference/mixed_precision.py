@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 from fivefold.errors import Misfit
 from fivefold.model import Model, Trait
 from fivefold.recipe import Technique
-from fivefold.space import Fixed, Range
+from fivefold.space import Fixed, Range, Search
 from fivefold.techniques._shared.gguf_types import bits as type_bits
 from fivefold.techniques._shared.gguf_types import fits, matrices
 
@@ -36,6 +36,8 @@ WIDE = ("q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 NARROW = ("iq4_nl", "q5_0", "q5_1", "q8_0")
 WINDOW = 256
 DAMP = 0.01
+ROUNDING = {"nearest": 60_000.0, "feedback": 120_000.0}
+"""Operations per weight to round it to all candidate types, as a share of the arithmetic rate (searches of scales)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,9 @@ class MixedPrecision(Technique):
     may_raise = ("compute",)
     perturbation = 4.0
 
-    bits: Annotated[float, Range(3.4, 8.5)] = 5.0
+    bits: Annotated[float, Range(3.4, 8.5), Search(4.5, 4.75, 5.0, 5.5, 6.0, 6.6, 7.2)] = 5.0
     """Average bits per weight over all matrices, the embedding included."""
-    rounding: Literal["feedback", "nearest"] = "feedback"
+    rounding: Annotated[Literal["feedback", "nearest"], Fixed()] = "feedback"
     """Whether later columns make up for the error of earlier ones."""
     windows: Annotated[int, Range(1, 4096), Fixed()] = 32
     """Calibration windows of 256 tokens."""
@@ -62,6 +64,10 @@ class MixedPrecision(Technique):
                 f"{self} does not fit: the rows of {model.name} cannot go below {least / weights:.2f} bits per weight"
                 f" on average; set bits to {least / weights + 0.01:.2f} or more"
             )
+
+    def effort(self, model: Model) -> float:
+        passes = 6.0 * self.windows * WINDOW
+        return model.blueprint.parameters * (passes + ROUNDING[self.rounding])
 
     def plan(self, model: Model) -> Model:
         return model.but(export=replace(model.export, format="gguf", default="q8_0", embedding=None, types={}))

@@ -62,6 +62,9 @@ class Repair(Technique):
                 " mixed_precision or prune_depth, or remove repair"
             )
 
+    def effort(self, model: Model) -> float:
+        return 8.0 * model.blueprint.parameters * self.tokens * self.steps
+
     def plan(self, model: Model) -> Model:
         return model.but(train=self._train(model))
 
