@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -41,11 +42,12 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def interval(quantity: Quantity | None, digits: int = 2, factor: float = 1.0) -> str:
-    """`1.23 [1.20, 1.27]`; a dash for what could not be obtained."""
+    """`1.23 [1.20, 1.27]`; no interval for a single sample, a dash for what could not be obtained."""
     if quantity is None or quantity.value is None:
         return "-"
     q = quantity.scaled(factor, quantity.unit)
-    ends = "" if q.low is None or q.high is None else f" [{number(q.low, digits)}, {number(q.high, digits)}]"
+    known = q.low is not None and q.high is not None and q.n > 1
+    ends = f" [{number(q.low, digits)}, {number(q.high, digits)}]" if known else ""
     return number(q.value, digits) + ends
 
 
@@ -65,4 +67,4 @@ def facts(packages: Sequence[str] = ()) -> str:
 def command() -> str:
     """What was typed; of absolute paths only the last part."""
     given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *given])

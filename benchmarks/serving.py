@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from _common import interval, number, publish, table
+from _transformers_worker import Generate
 
 from fivefold import bundled
 from fivefold.artifact import Store
@@ -180,6 +181,15 @@ def qualities(arms: Sequence[Arm], parent: Model, tokens: int, window: int) -> d
     return {a.name: found[a.like or a.name] for a in arms}
 
 
+def same_tokens(parent: Model, prompt: Sequence[int], count: int = 32) -> str:
+    """Whether the plain `generate` loop draws what our torch engine draws; the two share one row of quality."""
+    plain, session = Generate(parent), open_session(parent)
+    pairs = list(zip(plain.generate(prompt, count), session.generate(prompt, count), strict=True))
+    session.close()
+    equal = sum(a == b for a, b in pairs)
+    return f"transformers' generate and our torch engine drew the same token at {equal} of {count} places."
+
+
 def measured(arms: Sequence[Arm], parent: Model, given: argparse.Namespace) -> list[Row]:
     tokenizer = Tokenizer(parent.tokenizer_file)
     chat, long = Workload.load("chat", tokenizer), Workload.load("summarize", tokenizer)
@@ -299,8 +309,10 @@ def main() -> None:
             *ours(parent, _listed(given.ours, ";"), given.study, work),
         ]
         rows = measured(arms, parent, given)
+        prompt = Workload.load("chat", Tokenizer(parent.tokenizer_file)).requests[0].prompt
+        said = f"{notes(rows)} {same_tokens(parent, prompt)}"
     publish(
-        "serving", "Serving SmolLM2-135M", "\n\n".join([goals(rows), chat_table(rows), long_table(rows), notes(rows)]),
+        "serving", "Serving SmolLM2-135M", "\n\n".join([goals(rows), chat_table(rows), long_table(rows), said]),
         packages=("torch", "transformers", "xllamacpp", "openvino"), keep=not given.quick,
     )
 
