@@ -83,10 +83,12 @@ class LlamaSession:
         overrides[1] = {"tag": abi.INTEGER, "key": f"{family}.vocab_size".encode(), "val_i64": self.vocab}
         params = lib.llama_model_default_params()
         params.n_gpu_layers, params.load_mode, params.kv_overrides = 0, abi.LOAD_MAP, overrides
+        params.check_tensors = True  # activations are rounded to integers, which would hide a NaN in the weights
         abi.forget_errors()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
         if handle == ffi.NULL:
-            raise ModelError(f"llama.cpp cannot load {path} ({abi.last_error()}); copy or export the file again")
+            why = abi.last_error().replace("has invalid data", "holds NaN or infinity")
+            raise ModelError(f"llama.cpp cannot load {path} ({why}); copy or export the file again")
         handle = ffi.gc(handle, lib.llama_model_free)
         if lib.llama_model_has_encoder(handle):
             raise ModelError(f"{path} holds an encoder model ({family}); this engine serves decoders only")
