@@ -113,13 +113,14 @@ def one_sentence(said: str, needle: str) -> None:
     assert ";" in said, "it does not say what to do"
 
 
-def workers(out: Path) -> list[psutil.Process]:
-    """Living processes that work on `out`, other than zombies."""
+def commands(out: Path) -> list[list[str]]:
+    """Command lines of the living processes that work on `out`."""
     found = []
     for process in psutil.process_iter():
         try:
-            if str(out) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+            line = process.cmdline()
+            if str(out) in " ".join(line) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(line)
         except psutil.Error:
             continue
     return found

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fivefold.budget import Allowance, Budget, objectives
+from fivefold.budget import Allowance, Budget, objectives, size
 from fivefold.errors import BudgetError
 from fivefold.metrics import METRICS
 
@@ -49,6 +49,13 @@ def test_allowance_units_name_the_limit() -> None:
             Allowance.parse(bad)
 
 
+def test_a_size_is_bytes() -> None:
+    assert [size("1GB"), size("1.5 KiB"), size("7B")] == [10**9, 1536, 7]
+    for bad in ("", "1", "GB", "1XB", "-1GB", "$3", "5min"):
+        with pytest.raises(BudgetError):
+            size(bad)
+
+
 def test_objectives() -> None:
     assert objectives("latency, energy,size,latency") == ("latency", "energy", "size")
     with pytest.raises(BudgetError, match="did you mean latency"):
@@ -59,7 +66,7 @@ def test_objectives() -> None:
 
 @given(st.text(max_size=80))
 def test_any_text_parses_or_is_refused(text: str) -> None:
-    for parse in (Budget.parse, Allowance.parse, objectives):
+    for parse in (Budget.parse, Allowance.parse, objectives, size):
         try:
             parse(text)
         except BudgetError as error:

@@ -165,11 +165,18 @@ def test_a_memory_cap_that_is_no_size(inputs: Inputs, tmp_path: Path, capfd: Cap
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_meets_the_budget(inputs: Inputs, tmp_path: Path, capfd: Capture) -> None:
-    code, said = told(capfd, inputs.optimize(inputs.gguf, tmp_path / "out", "--budget", "size<=1B"))
+@pytest.fixture(scope="module")
+def impossible(inputs: Inputs) -> tuple[list[str], int, str]:
+    """A command whose budget nothing meets, its exit code and what it said."""
+    command = inputs.optimize(inputs.gguf, inputs.folder / "impossible", "--budget", "size<=1B")
+    return command, *inputs.run(*command)
+
+
+def test_nothing_meets_the_budget(impossible: tuple[list[str], int, str], inputs: Inputs) -> None:
+    _, code, said = impossible
     assert code == 3 and "parent" in said and "relax size" in said and "Traceback" not in said
-    assert (tmp_path / "out" / "report.html").stat().st_size > 500
-    assert Study.open(tmp_path / "out").parent is not None
+    assert (inputs.folder / "impossible" / "report.html").stat().st_size > 500
+    assert Study.open(inputs.folder / "impossible").parent is not None
 
 
 def test_a_folder_with_another_study(run: Path, inputs: Inputs, capfd: Capture) -> None:
@@ -181,11 +188,10 @@ def test_a_folder_with_another_study(run: Path, inputs: Inputs, capfd: Capture) 
 
 
 def test_a_study_of_another_version(
-    inputs: Inputs, tmp_path: Path, capfd: Capture, monkeypatch: pytest.MonkeyPatch
+    impossible: tuple[list[str], int, str], capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert told(capfd, inputs.optimize(inputs.gguf, tmp_path / "out"))[0] == 0
     monkeypatch.setattr("fivefold.__version__", "0.0.1")
-    code, said = told(capfd, inputs.optimize(inputs.gguf, tmp_path / "out"))
+    code, said = told(capfd, impossible[0])
     assert code == 2
     one_sentence(said, "version")
 
