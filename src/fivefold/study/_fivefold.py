@@ -38,13 +38,16 @@ class Fivefold:
     def __init__(self, goal: Goal, predictor: Predictor | None = None) -> None:
         self.goal, self.predictor = goal, predictor
 
-    def ask(self, history: Sequence[Trial], space: SearchSpace, rng: random.Random) -> Recipe | None:
+    def ask(
+        self, history: Sequence[Trial], space: SearchSpace, rng: random.Random, seconds: float = math.inf
+    ) -> Recipe | None:
         tried = seen(history)
         forecast = self.predictor.after(history) if self.predictor else None
         parent = estimate(history[0]) if history else {}
         pool = [r for r in self._pool(history, space, rng, parent) if str(r) not in tried]
         if forecast:
             pool = [r for r in pool if not forecast.objection(r, forecast.predict(r), self.goal, parent)]
+            pool = [r for r in pool if sum(forecast.seconds(r).values()) <= seconds] or pool
         if not pool:
             return space.draw(rng, tried)
         alone = {t.recipe for t in history}

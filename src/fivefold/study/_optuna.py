@@ -26,7 +26,9 @@ class Optuna:
     def __init__(self, algorithm: str, goal: Goal) -> None:
         self.algorithm, self.goal = algorithm, goal
 
-    def ask(self, history: Sequence[Trial], space: SearchSpace, rng: random.Random) -> Recipe | None:
+    def ask(
+        self, history: Sequence[Trial], space: SearchSpace, rng: random.Random, seconds: float = math.inf
+    ) -> Recipe | None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -2,8 +2,9 @@
 allowance goes.
 
 The recipes are drawn with the study's own seed, priced by the cost model and judged by its objections, as the study
-will do; but nothing has been measured yet, so times are rough (the table of `predictor`) and no recipe is dropped for
-being slower than a parent that was never timed. Energy is power times time and needs the machine's power model.
+will do; a trial is priced at the cheaper quarter of them, since a search prefers what costs less. Nothing has been
+measured yet, so times are rough (the table of `predictor`) and no recipe is dropped for being slower than a parent that
+was never timed. Energy is power times time and needs the machine's power model.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def plan_of(made: Setup) -> Plan:
     forecast = policy.predictor.after([])
     candidates = [_candidate(recipe, made, forecast) for recipe in _drawn(made)]
     kept = [c for c in candidates if not c.objection] or candidates
-    each = median(c.seconds for c in kept) if kept else 0.0
+    each = sorted(c.seconds for c in kept)[len(kept) // 4] if kept else 0.0
     baseline = sum(forecast.seconds(Recipe()).values())
     limit = policy.allowance.time
     trials = policy.most if limit is None else max(0, int((limit - baseline) / max(each, 1e-9)))

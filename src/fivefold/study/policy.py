@@ -105,7 +105,7 @@ class Policy:
         expected = math.inf
         for attempt in range(ASKS):
             rng = random.Random(f"{self.seed}:{len(trials)}:{attempt}")
-            recipe = self.sampler.ask(trials, self.space, rng)
+            recipe = self.sampler.ask(trials, self.space, rng, left / RESERVE)
             if recipe is None:
                 return Stop("every recipe of the space was tried")
             predicted = forecast.predict(recipe)

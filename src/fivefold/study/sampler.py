@@ -35,8 +35,13 @@ TRIES = 200
 
 
 class Sampler(Protocol):
-    def ask(self, history: Sequence[Trial], space: SearchSpace, rng: random.Random) -> Recipe | None:
-        """A recipe that is not in `history`, or None when the space is exhausted."""
+    def ask(
+        self, history: Sequence[Trial], space: SearchSpace, rng: random.Random, seconds: float = math.inf
+    ) -> Recipe | None:
+        """A recipe that is not in `history`, or None when the space is exhausted.
+
+        A sampler that can tell proposes one that is expected to take `seconds` at most, if there is one.
+        """
         ...
 
 
@@ -264,5 +269,7 @@ def seen(history: Sequence[Trial]) -> set[str]:
 class Random:
     """Uniform over techniques, then over their values."""
 
-    def ask(self, history: Sequence[Trial], space: SearchSpace, rng: random.Random) -> Recipe | None:
+    def ask(
+        self, history: Sequence[Trial], space: SearchSpace, rng: random.Random, seconds: float = math.inf
+    ) -> Recipe | None:
         return space.draw(rng, seen(history))

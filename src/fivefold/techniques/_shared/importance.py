@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.artifact import hash_folder, key, source_hash
+from fivefold.machine import Machine
 from fivefold.model import Model
 from fivefold.paths import cache_dir
 from fivefold.techniques._shared.calibration import windows
@@ -41,13 +42,22 @@ def importance_file(model: Model, count: int) -> tuple[Path, int]:
     Kept in the cache folder under the hash of weights, tokens and this file's code: all types of one model share it.
     """
     tokens = windows(model, count)
-    known = key({"weights": hash_folder(model.path), "tokens": tokens.tolist(), "code": source_hash(Squares)})
+    dtype = fast_dtype()
+    parts = {"weights": hash_folder(model.path), "tokens": tokens.tolist(), "dtype": dtype, "code": source_hash(Squares)}
+    known = key(parts)
     file = cache_dir() / "importance" / f"{known}.safetensors"
     if not file.is_file():
-        write_safetensors(file, importance(model, load_module(model), tokens))
+        import torch
+
+        write_safetensors(file, importance(model, load_module(model, getattr(torch, dtype)), tokens))
     own = workspace(model, "importance")
     own.mkdir(parents=True)
     return Path(shutil.copy(file, own / "importance.safetensors")), tokens.size
+
+
+def fast_dtype() -> str:
+    """bfloat16 where the processor multiplies it (twice as fast as float32, and a mean square needs no more)."""
+    return "bfloat16" if "bf16" in Machine.probe().isa else "float32"
 
 
 def importance(model: Model, module: Any, tokens: NDArray[np.int64]) -> Vectors:
