@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fivefold.errors import DataError
+from fivefold.techniques._shared import importance
 from fivefold.techniques._shared.calibration import leads_set_aside, windows
 from fivefold.techniques._shared.importance import importance_file
 from fivefold.techniques._shared.modules import load_module
@@ -41,21 +42,25 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 @pytest.mark.parametrize("family", LAYERS)
-def test_importance_is_the_mean_square_of_each_column(tiny, family):
+def test_importance_is_the_mean_square_of_each_column(tiny, family, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(importance, "fast_dtype", lambda: dtype)
     model = tiny(family)
     file, count = importance_file(model, 3)
     stored = check_safetensors(file)
     tokens = windows(model, 3)
     assert count == tokens.size == 3 * 128
     for exported, name in LAYERS[family].items():
-        np.testing.assert_allclose(stored[exported].numpy(), brute_force(model, name, tokens), rtol=1e-4)
-    np.testing.assert_allclose(stored["token_embd.weight"].numpy(), brute_force(model, "lm_head", tokens), rtol=1e-4)
+        np.testing.assert_allclose(stored[exported].numpy(), brute_force(model, name, tokens), rtol=tolerance)
+    head = brute_force(model, "lm_head", tokens)
+    np.testing.assert_allclose(stored["token_embd.weight"].numpy(), head, rtol=tolerance)
 
 
-def test_every_matrix_has_its_vector_and_an_untied_embedding_has_ones(tiny):
+def test_every_matrix_has_its_vector_and_an_untied_embedding_has_ones(tiny, monkeypatch):
     from fivefold.techniques._shared.gguf_types import matrices
 
+    monkeypatch.setattr(importance, "fast_dtype", lambda: "float32")
     model = tiny("llama", tied=False)
     stored = check_safetensors(importance_file(model, 2)[0])
     widths = {name: (columns,) for name, (_, columns) in matrices(model).items()}

@@ -43,8 +43,8 @@ def importance_file(model: Model, count: int) -> tuple[Path, int]:
     """
     tokens = windows(model, count)
     dtype = fast_dtype()
-    parts = {"weights": hash_folder(model.path), "tokens": tokens.tolist(), "dtype": dtype, "code": source_hash(Squares)}
-    known = key(parts)
+    parts = {"weights": hash_folder(model.path), "tokens": tokens.tolist(), "dtype": dtype}
+    known = key({**parts, "code": source_hash(Squares)})
     file = cache_dir() / "importance" / f"{known}.safetensors"
     if not file.is_file():
         import torch
