@@ -28,6 +28,9 @@ from fivefold.study.predictor import Forecast, Predictor
 from fivefold.study.sampler import SearchSpace, parts_of, seen
 from fivefold.study.trial import Outcome, Trial, estimate
 
+ALONE = 12
+"""Settings of each technique alone that are considered at each step."""
+QUALITY = ("agreement", "kl")
 SEEDS_FIRST, DRAWS, POINTS, RANDOM, BEST, MUTATIONS = 4, 32, 1024, 24, 6, 24
 NOISE, SCREEN_NOISE, PAIR = 0.03, 0.15, 0.1
 Parts = dict[str, dict[str, Any]]
@@ -70,6 +73,9 @@ class Fivefold:
 
         for name in space.levels:
             add({name: space.default(name)})
+            variants = list(space.variants(name))
+            for variant in rng.sample(variants, min(ALONE, len(variants))):
+                add({name: variant})
         best = [parts_of(Recipe.parse(t.recipe), space) for t in self._best(history, parent)]
         for parts in best:
             for changed in _neighbours(parts, space, rng):
@@ -137,6 +143,8 @@ class Fivefold:
 
         def prior(recipe: Recipe) -> float:
             guess = forecast.predict(recipe).value(metric) if forecast else None
+            if guess is None and self.predictor and metric in QUALITY:
+                guess = quality_prior(metric, self.predictor.bits_per_weight(recipe))
             return start if guess is None else coordinate(metric, guess)
 
         data = []
@@ -162,6 +170,16 @@ class Fivefold:
         middle = sum(x for _, x in spent) / len(spent)
         mean, _ = regress([(r, x - middle, 0.3) for r, x in spent], pool, space)
         return [math.exp(middle + float(x)) for x in mean]
+
+
+def quality_prior(metric: str, bits: float) -> float:
+    """What storing the weights in that many bits on average does to agreement (or KL), before any trial.
+
+    Each 1.8 bits halve the share of changed answers and each 0.9 bits the KL; the level is that of block formats on
+    SmolLM2-135M (docs/benchmarks.md). The trials correct it; pruning and repair it does not see.
+    """
+    changed = 0.2 * 2.0 ** (-(bits - 5.1) / 1.8)
+    return 1.0 - min(1.0, changed) if metric == "agreement" else 0.14 * 2.0 ** (-(bits - 5.1) / 0.9)
 
 
 def seconds_spent(trial: Trial) -> float:

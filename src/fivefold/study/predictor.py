@@ -81,6 +81,11 @@ class Predictor:
         """Metric -> value by physics and the rough table, without evidence."""
         return self._known(recipe)[1]
 
+    def bits_per_weight(self, recipe: Recipe) -> float:
+        """Of the artifact the recipe makes, on average, by its planned bytes; a pruned model's own weights count."""
+        o = self.outline(recipe)
+        return 8 * o.weight_bytes / o.blueprint.parameters
+
     def _known(self, recipe: Recipe) -> tuple[Outline, dict[str, float]]:
         if recipe not in self._memo:
             outline = self._outline(recipe)
