@@ -44,6 +44,12 @@ def run(inputs: Inputs) -> Path:
     return inputs.folder / "run"
 
 
+@pytest.fixture(autouse=True)
+def never_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that should have been refused fails the test at once and does not wait for requests."""
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_, **__: pytest.fail("it was served"))
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
