@@ -61,6 +61,11 @@ def physical_cores() -> int:
     return len(cores) or len(allowed)
 
 
+REARRANGED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
+"""Types whose rows llama.cpp interleaves at load for its vector kernels. Beside that copy a mapped file would stay
+resident (190 MB against 150 MB for a file of 82 MB), so such a file is read instead of mapped."""
+
+
 class LlamaSession:
     """See `engines.Session`. Closing frees the weights; a closed session cannot be used again."""
 
@@ -82,7 +87,9 @@ class LlamaSession:
         family = self.header.metadata["general.architecture"]
         overrides[1] = {"tag": abi.INTEGER, "key": f"{family}.vocab_size".encode(), "val_i64": self.vocab}
         params = lib.llama_model_default_params()
-        params.n_gpu_layers, params.load_mode, params.kv_overrides = 0, abi.LOAD_MAP, overrides
+        rearranged = any(t.type in REARRANGED for t in self.header.tensors)
+        params.load_mode = abi.LOAD_COPY if rearranged else abi.LOAD_MAP
+        params.n_gpu_layers, params.kv_overrides = 0, overrides
         params.check_tensors = True  # activations are rounded to integers, which would hide a NaN in the weights
         abi.forget_errors()
         handle = lib.llama_model_load_from_file(os.fsencode(path), params)
