@@ -42,6 +42,7 @@ def optimize(
 ) -> None:
     """Search for cheaper recipes within a budget; leaves a measured front, a report and artifacts."""
     from fivefold import display, verbs
+    from fivefold.study.feasible import NothingFits
 
     try:
         with display.LiveStudy() as live:
@@ -49,6 +50,9 @@ def optimize(
                 model, out=out, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text,
                 country=country, sampler=sampler, seed=seed, memory=memory, events=live,
             )
+    except NothingFits as error:
+        display.nothing_fits(error, out)
+        raise
     except KeyboardInterrupt:
         print("\nfivefold: stopped; nothing is lost, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None

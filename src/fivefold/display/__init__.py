@@ -10,6 +10,7 @@ from fivefold.display.static import machine as machine
 from fivefold.display.static import measurement as measurement
 from fivefold.display.static import shipped as shipped
 from fivefold.display.study import explanation as explanation
+from fivefold.display.study import nothing_fits as nothing_fits
 from fivefold.display.study import pick as pick
 from fivefold.display.study import plan as plan
 from fivefold.display.study import result as result

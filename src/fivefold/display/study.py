@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +22,9 @@ def honesty(machine: Any, out: Console | None = None) -> None:
     out = out or console()
     gpus = ", ".join(machine.gpus) or "no accelerator"
     out.print(Text(f"{machine.cpu}, {machine.cores} cores, {show(machine.ram, 'byte')}, {gpus}", style="bold"))
+    for row in machine.doctor():
+        if row.name == "calibration" and row.fix:
+            out.print(Text(f"  its rates were taken {row.text}: predictions are rough → {row.fix}", style="yellow"))
     rates = machine.rates
     bandwidth = rates.get(f"bandwidth.{machine.cores}") or rates.get("bandwidth.1")
     gemm = rates.get("gemm.float32")
@@ -75,12 +78,31 @@ def result(study: Any) -> None:
         out.print(f"ship it    fivefold ship {study.folder} --to my-model")
 
 
+def nothing_fits(error: Any, folder: Any) -> None:
+    """A `study.feasible.NothingFits`: the nearest misses, and where the report is."""
+    out = console()
+    if error.misses:
+        out.print(Text("nearest misses", style="bold"))
+        _side_by_side([(_missed(miss), miss.trial, {}) for miss in error.misses[:3]], out)
+    out.print(f"report     {folder}/report.html")
+
+
+def _missed(miss: Any) -> str:
+    return ", ".join(f"{limit} by {gap:.0%}" for limit, gap in zip(miss.limits, miss.excess, strict=True))
+
+
 def _picks(chosen: Sequence[Pick], parent: Any, out: Console) -> None:
-    grid = table("pick", "trial", *COLUMNS, "recipe", right=COLUMNS)
-    grid.add_row("parent", str(parent.number), *(_cell(parent.measurement.get(n)) for n in COLUMNS), "parent")
-    for pick in chosen:
-        cells = (_cell(pick.trial.measurement.get(n), pick.against.get(n)) for n in COLUMNS)
-        grid.add_row(Text(pick.role, style="bold green"), str(pick.trial.number), *cells, pick.trial.recipe)
+    arms = [("parent", parent, {}), *((p.role, p.trial, p.against) for p in chosen)]
+    _side_by_side(arms, out)
+
+
+def _side_by_side(arms: Sequence[tuple[str, Any, Mapping[str, Quantity]]], out: Console) -> None:
+    """One column per trial, one row per metric: fits a narrow terminal. `arms` is (heading, trial, ratios)."""
+    grid = table("", *(heading for heading, _, _ in arms))
+    grid.add_row("trial", *(str(trial.number) for _, trial, _ in arms))
+    grid.add_row("recipe", *(Text(trial.recipe, style="green") for _, trial, _ in arms))
+    for name in COLUMNS:
+        grid.add_row(name, *(_cell(trial.measurement.get(name), ratios.get(name)) for _, trial, ratios in arms))
     out.print(grid)
     out.print(Text(LEGEND, style="dim"))
 
@@ -88,7 +110,7 @@ def _picks(chosen: Sequence[Pick], parent: Any, out: Console) -> None:
 def _cell(quantity: Quantity | None, ratio: Quantity | None = None) -> Text:
     text = number(quantity)
     if ratio is not None and ratio.value is not None:
-        text.append(f"\n{ratio.value:.2g}x", style="bold")
+        text.append(f"  {ratio.value:.2g}x", style="bold")
     return text
 
 
