@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fivefold.files import atomic_folder, locked, sha256
+from fivefold.artifact import source_hash
+from fivefold.files import atomic_folder, locked, sha256, write_text
 from fivefold.model import Model
 from fivefold.paths import cache_dir
 from fivefold.techniques._shared.calibration import windows as calibration_windows
 from fivefold.weights import check_safetensors, write_safetensors
 
 KEPT = 2
-VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +45,28 @@ def prepare(
     model: Model, types: Mapping[str, tuple[str, ...]], *, windows: int, length: int, feedback: bool, damp: float
 ) -> Candidates:
     """Round and judge all of `types` (exported name -> types), or take the same work from the cache."""
+    from fivefold.engines._quantize import quantize
+    from fivefold.techniques._shared.block_feedback import round_with_feedback
+    from fivefold.techniques._shared.sensitivity import curvatures
+
     tokens = calibration_windows(model, windows, length)
     shape = (model.blueprint.heads, model.blueprint.kv_heads)
-    asked = json.dumps([VERSION, sorted(types.items()), feedback, damp, shape])
+    code = [source_hash(part) for part in (prepare, curvatures, round_with_feedback, quantize)]
+    asked = json.dumps([code, sorted(types.items()), feedback, damp, shape])
     parts = [asked.encode(), tokens.tobytes(), *(sha256(f).encode() for f in sorted(model.path.glob("*.safetensors")))]
     folder = cache_dir() / "candidates" / hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-    note = f"; rounded anew from {tokens.size} calibration tokens"
+    start = time.perf_counter()
     with locked(folder.parent / "lock"):
         if (folder / "damage.json").is_file():
-            note = f"; rounded earlier from {tokens.size} calibration tokens"
+            took = float((folder / "seconds.txt").read_text())
+            note = f"; rounded earlier from {tokens.size} calibration tokens, in {took:.0f} s not counted here"
             os.utime(folder)
         else:
             with atomic_folder(folder) as work:
                 _fill(work, model, types, tokens, feedback, damp)
+                write_text(work / "seconds.txt", f"{time.perf_counter() - start:.1f}")
             _forget(folder.parent)
+            note = f"; rounded anew from {tokens.size} calibration tokens"
     return Candidates(folder=folder, damage=json.loads((folder / "damage.json").read_text()), note=note)
 
 
