@@ -82,6 +82,10 @@ class Technique:
 
     def effort(self, model: Model) -> float:
         """Arithmetic operations it takes to apply, roughly; a plan's forecast, corrected by what trials then cost."""
+        return 0.0
+
+    def effort_once(self, model: Model) -> float:
+        """Operations that all settings of the technique share on one model, such as a calibration pass."""
         return 0.0 if self.runtime else CALIBRATION_TOKENS * 2.0 * model.blueprint.parameters
 
     def apply(self, model: Model) -> Model:

@@ -102,5 +102,8 @@ def test_seconds_count_no_prefix_twice(predictor: Predictor) -> None:
             "threads(count=1)",
         )
     }
-    assert list(seconds.values()) == [0.0, 5.0, 12.0, 0.0]
+    again, other_type, other_depth, runtime = seconds.values()
+    assert again == runtime == 0.0
+    assert 2.0 < other_type < 5.0, "the export is due again, of the step what its settings do not share"
+    assert other_type < other_depth < 12.0, "the pass over the text that all depths share was paid for"
     assert math.isfinite(sum(predictor.after([]).seconds(Q8).values()))

@@ -161,10 +161,14 @@ class Forecast:
             for key, seconds in trial.spent.items():
                 self._steps.setdefault(key, []).append(seconds)
         self._pace: dict[str, list[float]] = {}
+        self._begun: set[tuple[str, str]] = set()
         for trial in history:
-            for technique in Recipe.parse(trial.recipe) if any(k.startswith("step.") for k in trial.spent) else ():
+            recipe = Recipe.parse(trial.recipe)
+            for i, technique in enumerate(recipe.build.techniques):
                 if taken := trial.spent.get(f"step.{technique.name}"):
-                    self._pace.setdefault(technique.name, []).append(taken / self._effort(technique))
+                    expected = self._effort(technique, self._first(recipe, i))
+                    self._pace.setdefault(technique.name, []).append(taken / expected)
+                    self._begun.add((technique.name, prefix_text(recipe, i)))
         self.parent = next((t for t in history if t.recipe == "parent" and t.outcome is Outcome.MEASURED), None)
         self._similar = [t for t in history if t.spent.get("measure") and t.recipe != "parent"]
 
@@ -204,7 +208,7 @@ class Forecast:
         build = 0.0
         for i, technique in enumerate(recipe.build.techniques):
             if prefix_text(recipe, i + 1) not in self._built:
-                build += self._step(technique)
+                build += self._step(technique, self._first(recipe, i))
         if str(recipe.build) not in self._built:
             build += median(self._steps.get("step.export") or [self._base()])
         rough = self.predictor.physics(recipe)
@@ -220,13 +224,19 @@ class Forecast:
         overhead = self._steps.get("overhead")
         return {"build": build, **rest, "overhead": median(overhead) if overhead else 2.0}
 
-    def _step(self, technique: Technique) -> float:
-        """Seconds to apply: by its declared effort, times what this technique took against that in earlier trials."""
-        return self._effort(technique) * median(self._pace.get(technique.name) or [1.0])
+    def _first(self, recipe: Recipe, i: int) -> bool:
+        """Whether this would be the technique's first setting after those before it: what settings share is due."""
+        return (recipe.build.techniques[i].name, prefix_text(recipe, i)) not in self._begun
 
-    def _effort(self, technique: Technique) -> float:
+    def _step(self, technique: Technique, first: bool) -> float:
+        """Seconds to apply: by its declared effort, times what this technique took against that in earlier trials."""
+        return self._effort(technique, first) * median(self._pace.get(technique.name) or [1.0])
+
+    def _effort(self, technique: Technique, first: bool) -> float:
         rate = self.predictor.machine.gemm("float32").value or SLOW_RATE
-        return self._base() + technique.effort(self.predictor.model) / rate
+        model = self.predictor.model
+        work = technique.effort(model) + (technique.effort_once(model) if first else 0.0)
+        return self._base() + work / rate
 
     def _base(self) -> float:
         """Seconds to read and write the model once."""

@@ -65,7 +65,7 @@ class MixedPrecision(Technique):
                 f" on average; set bits to {least / weights + 0.01:.2f} or more"
             )
 
-    def effort(self, model: Model) -> float:
+    def effort_once(self, model: Model) -> float:
         passes = 6.0 * self.windows * WINDOW
         return model.blueprint.parameters * (passes + ROUNDING[self.rounding])
 
