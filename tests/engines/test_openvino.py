@@ -1,5 +1,7 @@
 """The OpenVINO engine against the torch engine on the same (half precision) weights."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -143,3 +145,14 @@ def test_bad_tokens_and_closed_sessions(model: Model, session: openvino.OpenVINO
     other.close()
     with pytest.raises(RuntimeError, match="closed"):
         other.score([1])
+
+
+def test_no_telemetry_is_loaded_with_openvino() -> None:
+    code = (
+        "import sys, fivefold.engines.openvino as engine\n"
+        "engine.OpenVINOSession = lambda model: None\n"
+        "engine.open(None)\n"
+        "import openvino, openvino.tools.ovc\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -18,10 +18,11 @@ Source: OpenVINO, https://github.com/openvinotoolkit/openvino (Apache-2.0).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,8 @@ def open(model: Model) -> OpenVINOSession:
     for package in ("openvino", "openvino_genai"):
         if find_spec(package) is None:
             raise MissingExtra(package, extra=EXTRA)
+    # OpenVINO's wheel brings a telemetry package; None makes its import fail, and OpenVINO then uses its silent stub.
+    sys.modules.setdefault("openvino_telemetry", cast(Any, None))
     return OpenVINOSession(model)
 
 
