@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
 from fivefold.engines import _llama_abi as abi
+from fivefold.engines._drafting import generated, groups
 from fivefold.engines._llama_context import Context, Logits
-from fivefold.engines._lookup import Lookup
 from fivefold.engines._quantize import row_bytes, storage_type
 from fivefold.engines._sampling import drawer, greedy, log_softmax
 from fivefold.errors import DataError, ModelError
@@ -118,37 +118,11 @@ class LlamaSession:
     def _draw(
         self, prompt: NDArray[np.int32], max_tokens: int, draw: Callable[[Logits], int], stop: frozenset[int]
     ) -> Iterator[int]:
-        """Every pass decodes the last token and a draft (empty without prompt lookup), one row of logits for each.
-
-        A token is drawn from each row until one differs from the draft; the rest of the draft leaves the cache.
-        """
-        drafted = self.decode.lookup_tokens
-        context = self._fitting(len(prompt) + max_tokens, outputs=1 + drafted)
-        lookup = Lookup(prompt.tolist(), self.decode.lookup_ngram) if drafted > 0 else None
+        context = self._fitting(len(prompt) + max_tokens, outputs=1 + self.decode.lookup_tokens)
         turn = self._turn
-        draft: list[int] = []
-        rows: Sequence[Logits] = (context.prefill(prompt),) if max_tokens > 0 else ()
-        cached, left = len(prompt), max_tokens
-        while left > 0:
-            for place, row in enumerate(rows):
-                token = draw(row)
-                if token in stop:
-                    return
-                yield token
-                if turn != self._turn:
-                    raise RuntimeError("this text was interrupted: the session has been used for another call since")
-                left -= 1
-                if lookup is not None:
-                    lookup.append(token)
-                if left == 0:
-                    return
-                if place < len(draft) and token != draft[place]:
-                    context.forget(cached + place)
-                    break
-            cached += place
-            draft = [] if lookup is None else lookup.draft(min(drafted, left - 1))
-            rows = context.step(token, draft, cached)
-            cached += 1
+        yield from generated(
+            _Text(context, prompt), prompt.tolist(), max_tokens, self.decode, draw, stop, lambda: turn == self._turn
+        )
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Groups of `run.batch` prompts at once (all, at most 64, when that is 1)."""
@@ -156,8 +130,7 @@ class LlamaSession:
         if max_tokens < 1:
             return [[] for _ in ids]
         width = self.run.batch if self.run.batch > 1 else MOST_SEQUENCES
-        groups = [ids[first : first + width] for first in range(0, len(ids), width)]
-        return [text for group in groups for text in self._together(group, max_tokens)]
+        return [text for group in groups(ids, width) for text in self._together(group, max_tokens)]
 
     def _together(self, prompts: Sequence[NDArray[np.int32]], max_tokens: int) -> list[list[int]]:
         context = self._fitting(max(map(len, prompts)) + max_tokens, sequences=len(prompts), outputs=len(prompts))
@@ -239,3 +212,19 @@ def _vocabulary(header: GGUFHeader) -> int:
     if shape is None or len(shape) != 2 or not isinstance(header.metadata.get("general.architecture"), str):
         raise ModelError(f"{header.file} holds no language model (no token embedding); give a GGUF file of a decoder")
     return int(shape[0])
+
+
+class _Text:
+    """`_drafting.Passes` over a context."""
+
+    def __init__(self, context: Context, prompt: NDArray[np.int32]) -> None:
+        self.context, self.prompt, self.filled = context, prompt, len(prompt)
+
+    def first(self) -> Sequence[Logits]:
+        return (self.context.prefill(self.prompt),)
+
+    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[Logits]:
+        if kept < self.filled:
+            self.context.forget(kept)
+        self.filled = kept + 1 + len(draft)
+        return self.context.step(token, draft, kept)

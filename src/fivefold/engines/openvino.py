@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
-from fivefold.engines._lookup import Lookup
+from fivefold.engines._drafting import generated, groups
 from fivefold.engines._openvino_ir import MATRIX_TYPES as GGUF_TYPES  # noqa: F401
 from fivefold.engines._sampling import BROKEN, drawer, log_softmax
 from fivefold.errors import DataError, MissingExtra, ModelError, NotFinite
@@ -120,42 +120,12 @@ class OpenVINOSession:
         self, prompt: NDArray[np.int64], max_tokens: int, draw: Callable[[NDArray[np.float32]], int],
         stop: frozenset[int],
     ) -> Iterator[int]:
-        """Every pass decodes the last token and a draft (empty without prompt lookup), one row of logits for each.
-
-        A token is drawn from each row until one differs from the draft; the rest of the draft is masked out.
-        """
-        if max_tokens < 1:
-            return
-        drafted = self.decode.lookup_tokens
-        lookup = Lookup(prompt.tolist(), self.decode.lookup_ngram) if drafted > 0 else None
-        draft: list[int] = []
         turn = self._start()
-        position, left, used = len(prompt), max_tokens, len(prompt)
-        seen = np.ones((1, position + max_tokens * (1 + drafted)), np.int64)
-        rows = self._forward(prompt[None], seen[:, :used], np.arange(position)[None], 1)[0]
-        while True:
-            for place, row in enumerate(rows):
-                token = draw(row)
-                if token in stop:
-                    return
-                yield token
-                if turn != self._turn:
-                    raise RuntimeError("this text was interrupted: the session has been used for another call since")
-                left -= 1
-                if lookup is not None:
-                    lookup.append(token)
-                if left == 0:
-                    return
-                if place < len(draft) and token != draft[place]:
-                    break
-            seen[:, used - len(draft) + place : used] = 0
-            position += place
-            draft = [] if lookup is None else lookup.draft(min(drafted, left - 1))
-            ids = np.array([[token, *draft]], np.int64)
-            used += ids.shape[1]
-            places = np.arange(position, position + ids.shape[1])[None]
-            rows = self._forward(ids, seen[:, :used], places, ids.shape[1])[0]
-            position += 1
+        room = len(prompt) + max(0, max_tokens) * (1 + self.decode.lookup_tokens)
+        yield from generated(
+            _Text(self._forward, prompt, room), prompt.tolist(), max_tokens, self.decode, draw, stop,
+            lambda: turn == self._turn,
+        )
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Groups of `run.batch` prompts at once (all of them when that is 1)."""
@@ -163,8 +133,7 @@ class OpenVINOSession:
         if max_tokens < 1:
             return [[] for _ in ids]
         width = self.run.batch if self.run.batch > 1 else max(1, len(ids))
-        groups = [ids[first : first + width] for first in range(0, len(ids), width)]
-        return [text for group in groups for text in self._together(group, max_tokens)]
+        return [text for group in groups(ids, width) for text in self._together(group, max_tokens)]
 
     def _together(self, prompts: Sequence[NDArray[np.int64]], max_tokens: int) -> list[list[int]]:
         longest = max(map(len, prompts))
@@ -232,3 +201,28 @@ def _with_chosen_places(model: Any) -> Any:
     model.add_parameters([places])
     model.validate_nodes_and_infer_types()
     return model
+
+
+class _Text:
+    """`_drafting.Passes` over a cache that only grows, to `room` at most: what is forgotten is masked out."""
+
+    def __init__(
+        self, forward: Callable[..., NDArray[np.float32]], prompt: NDArray[np.int64], room: int
+    ) -> None:
+        self.forward, self.prompt, self.filled, self.used = forward, prompt, len(prompt), len(prompt)
+        self.seen = np.ones((1, room), np.int64)
+
+    def first(self) -> Sequence[NDArray[np.float32]]:
+        rows: Sequence[NDArray[np.float32]] = self.forward(
+            self.prompt[None], self.seen[:, : self.used], np.arange(self.used)[None], 1
+        )[0]
+        return rows
+
+    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[NDArray[np.float32]]:
+        self.seen[:, self.used - (self.filled - kept) : self.used] = 0
+        ids = np.array([[token, *draft]], np.int64)
+        self.used += ids.shape[1]
+        self.filled = kept + ids.shape[1]
+        places = np.arange(kept, self.filled)[None]
+        rows: Sequence[NDArray[np.float32]] = self.forward(ids, self.seen[:, : self.used], places, ids.shape[1])[0]
+        return rows

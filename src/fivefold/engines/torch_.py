@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
-from fivefold.engines._lookup import Lookup
+from fivefold.engines._drafting import generated, groups
 from fivefold.engines._sampling import BROKEN, drawer, log_softmax
 from fivefold.errors import DataError, ModelError, NotFinite, OutOfMemory
 from fivefold.model import Model
@@ -94,40 +94,7 @@ class TorchSession:
 
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
-        return self._draw(ids, max_tokens, drawer(sampling), sampling.stop)
-
-    def _draw(
-        self, prompt: list[int], max_tokens: int, draw: Callable[[NDArray[np.float32]], int], stop: frozenset[int]
-    ) -> Iterator[int]:
-        """Every pass decodes the last token and a draft (empty without prompt lookup), one row of logits for each.
-
-        A token is drawn from each row until one differs from the draft; the rest of the draft leaves the cache.
-        """
-        if max_tokens < 1:
-            return
-        drafted = self.decode.lookup_tokens
-        lookup = Lookup(prompt, self.decode.lookup_ngram) if drafted > 0 else None
-        draft: list[int] = []
-        logits, cache = self._forward([prompt], None, keep=1)
-        cached, left = len(prompt), max_tokens
-        while True:
-            for place, row in enumerate(logits[0]):
-                token = draw(row)
-                if token in stop:
-                    return
-                yield token
-                left -= 1
-                if lookup is not None:
-                    lookup.append(token)
-                if left == 0:
-                    return
-                if place < len(draft) and token != draft[place]:
-                    cache.crop(cached + place)
-                    break
-            cached += place
-            draft = [] if lookup is None else lookup.draft(min(drafted, left - 1))
-            logits, cache = self._forward([[token, *draft]], cache, keep=1 + len(draft))
-            cached += 1
+        return generated(_Text(self._forward, ids), ids, max_tokens, self.decode, drawer(sampling), sampling.stop)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Groups of `run.batch` prompts at once (all of them when that is 1)."""
@@ -135,8 +102,7 @@ class TorchSession:
         if max_tokens < 1:
             return [[] for _ in ids]
         width = self.run.batch if self.run.batch > 1 else max(1, len(ids))
-        groups = [ids[first : first + width] for first in range(0, len(ids), width)]
-        return [text for group in groups for text in self._together(group, max_tokens)]
+        return [text for group in groups(ids, width) for text in self._together(group, max_tokens)]
 
     def _together(self, prompts: Sequence[list[int]], max_tokens: int) -> list[list[int]]:
         import torch
@@ -239,3 +205,24 @@ def _one_sentence(model: Model) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:160]
         raise ModelError(f"transformers cannot load {model.path} ({said}); check the folder") from None
+
+
+class _Text:
+    """`_drafting.Passes` with a cache of its own."""
+
+    def __init__(self, forward: Callable[..., tuple[Any, Any]], prompt: list[int]) -> None:
+        self.forward, self.prompt, self.filled = forward, prompt, len(prompt)
+        self.cache: Any = None
+
+    def first(self) -> Sequence[NDArray[np.float32]]:
+        logits, self.cache = self.forward([self.prompt], None, keep=1)
+        rows: Sequence[NDArray[np.float32]] = logits[0]
+        return rows
+
+    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[NDArray[np.float32]]:
+        if kept < self.filled:
+            self.cache.crop(kept)
+        self.filled = kept + 1 + len(draft)
+        logits, self.cache = self.forward([[token, *draft]], self.cache, keep=1 + len(draft))
+        rows: Sequence[NDArray[np.float32]] = logits[0]
+        return rows
