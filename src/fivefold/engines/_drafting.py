@@ -27,7 +27,7 @@ class Passes(Protocol):
         """Prefill the prompt; the one row after it."""
         ...
 
-    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[Row]:
+    def next(self, token: int, draft: list[int], kept: int) -> Sequence[Row]:
         """Keep the first `kept` tokens of the text in the cache, then decode `token` and `draft`: one row for each."""
         ...
 

@@ -223,7 +223,7 @@ class _Text:
     def first(self) -> Sequence[Logits]:
         return (self.context.prefill(self.prompt),)
 
-    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[Logits]:
+    def next(self, token: int, draft: list[int], kept: int) -> Sequence[Logits]:
         if kept < self.filled:
             self.context.forget(kept)
         self.filled = kept + 1 + len(draft)

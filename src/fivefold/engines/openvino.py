@@ -218,7 +218,7 @@ class _Text:
         )[0]
         return rows
 
-    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[NDArray[np.float32]]:
+    def next(self, token: int, draft: list[int], kept: int) -> Sequence[NDArray[np.float32]]:
         self.seen[:, self.used - (self.filled - kept) : self.used] = 0
         ids = np.array([[token, *draft]], np.int64)
         self.used += ids.shape[1]

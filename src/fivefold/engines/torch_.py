@@ -219,7 +219,7 @@ class _Text:
         rows: Sequence[NDArray[np.float32]] = logits[0]
         return rows
 
-    def next(self, token: int, draft: Sequence[int], kept: int) -> Sequence[NDArray[np.float32]]:
+    def next(self, token: int, draft: list[int], kept: int) -> Sequence[NDArray[np.float32]]:
         if kept < self.filled:
             self.cache.crop(kept)
         self.filled = kept + 1 + len(draft)
