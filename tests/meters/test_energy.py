@@ -51,6 +51,23 @@ def test_every_entry_of_the_power_book_is_sane() -> None:
     assert book["family"][-1]["match"] == ""  # every processor finds a family
 
 
+@pytest.mark.parametrize("name, idle, active", [  # Cloud Carbon Footprint's averages and SPECpower's own watts
+    ("AMD EPYC 4th generation", (128 + 126) / 2 / 384, (817 + 827) / 2 / 384),
+    ("AMD EPYC 3rd generation", 0.44538981119791665, 2.0193277994791665),
+    ("AMD EPYC 2nd generation", 0.4742621527777778, 1.6929615162037037),
+    ("AMD EPYC 1st generation", 0.82265625, 2.553125),
+    ("Intel Ice Lake server", 110 / 160, 623 / 160),
+    ("Intel Skylake and Cascade Lake server", (0.6446044454253452 + 0.6389493581523519) / 2,
+     (4.193436438541878 + 3.9673047343937564) / 2),
+    ("Intel Broadwell server", 0.7128342245989304, 3.6853275401069516),
+    ("Intel Haswell server", 1.9005681818181814, 6.012910353535353),
+    ("Intel Coffee Lake", 1.138425925925926, 5.421759259259258),
+])
+def test_the_power_book_repeats_its_sources(name: str, idle: float, active: float) -> None:
+    family = next(f for f in shipped("power")["family"] if f["name"] == name)
+    assert (family["idle"], family["active"]) == (pytest.approx(idle, rel=0.005), pytest.approx(active, rel=0.005))
+
+
 def test_your_own_watts_replace_the_table(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "power.toml"
     file.write_text("idle = 2\nactive = 9.5\n")

@@ -35,6 +35,17 @@ def test_per_parameter() -> None:
     assert per_parameter(q(27.0, "USD"), 135_000_000).value == pytest.approx(2e-7)
 
 
+def test_the_shipped_machine_hours_follow_from_purchase_price_and_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FIVEFOLD_PRICES", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    hours_in_use = 5 * 365 * 24 / 2
+    shipped = Prices.load()
+    assert shipped.core_hour_usd == pytest.approx(10_000 / 64 / hours_in_use, rel=0.01)
+    assert shipped.gpu_hour_usd == pytest.approx(30_000 / hours_in_use, rel=0.03)
+
+
 def test_the_users_book_overrides_key_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FIVEFOLD_PRICES", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
