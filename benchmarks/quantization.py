@@ -236,6 +236,7 @@ def machine_line() -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--sizes", default="80,92,98,102,112,125")
+    options.add_argument("--rounding", default="feedback", help="nearest,feedback")
     options.add_argument("--windows", type=int, default=4, help="evaluation windows of 512 tokens")
     options.add_argument("--standard", action="store_true", help="measure the standard types too")
     options.add_argument("--speed", action="store_true", help="measure decoding speed too")
@@ -256,7 +257,7 @@ def main() -> None:
             add(kind, export(parent.but(export=plan), work / kind))
         for size in map(float, given.sizes.split(",")):
             add(f"plain solver {size:g}", plain_file(parent, size, work, extra))
-            for rounding in ("nearest", "feedback"):
+            for rounding in given.rounding.split(","):
                 add(f"mixed_precision {rounding} {size:g}", our_file(parent, size, rounding, work, extra))
     plain = {row.name.split()[-1]: row for row in rows if row.name.startswith("plain")}
     text = table(rows, lambda row: plain.get(row.name.split()[-1]) if row.name.startswith("mixed") else None)

@@ -29,6 +29,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     (["plan", "MODEL", "--budget", "memry<=260MB"], "did you mean memory"),
     (["plan", "MODEL", "--minimize", "latenc"], "did you mean latency"),
     (["plan", "MODEL", "--allowance", "8 parsecs"], "allowance"),
+    (["plan", "MODEL", "--budget", "accuracy>=0.9x"], "add --task piqa"),
+    (["plan", "MODEL", "--task", "piqaa"], "piqa"),
     (["plan", "no-such-model"], "bundled name"),
     (["plan", "MODEL", "--workload", "nothing.jsonl"], "nothing.jsonl"),
     (["optimize", "MODEL", "--out", "OUT", "--sampler", "magic", "--text", "README"], "magic"),

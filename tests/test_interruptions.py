@@ -6,18 +6,23 @@ import os
 import random
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from failing import Inputs, commands, make_inputs, one_sentence, until
+from fivefold.model import load
+from fivefold.study.picks import picks
+from fivefold.study.policy import spent_seconds
 from fivefold.study.study import Study
 from fivefold.study.trial import Outcome
 
-KILLS = 8
+KILLS = 20
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +48,41 @@ def is_whole(out: Path) -> None:
         assert base.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children with their parent on Linux only")
+def undisturbed(inputs: Inputs, recipes: list[str]) -> list[str]:
+    """The first recipes of a study by the random sampler that nothing disturbs: each follows from those before it."""
+    from fivefold.budget import Allowance, Budget
+    from fivefold.study.optimize import setup
+
+    policy = setup(
+        load(inputs.gguf), budget=Budget(), objectives=("size", "kl"), allowance=Allowance(), sampler="random",
+        workload=str(inputs.workload), text=str(inputs.text),
+    ).policy
+    found = ["parent"]
+    while len(found) < len(recipes):
+        recipe = policy.space.draw(random.Random(f"0:{len(found)}:0"), set(found))
+        found.append(str(recipe))
+    return found
+
+
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="the kernel ends children with their parent on Linux only"
+)
+
+
+@linux
 def test_killed_at_random_moments_the_same_command_finishes(inputs: Inputs, tmp_path: Path) -> None:
     out, rng, known = tmp_path / "out", random.Random(0), list[str]()
-    command = inputs.optimize(inputs.gguf, out, "--allowance", "25s")
-    kills = 0
+    base = ["optimize", str(inputs.gguf), "--out", str(out), "--minimize", "size,kl", "--sampler", "random",
+            *inputs.choices()]
     for number in range(KILLS):
-        child = inputs.start(*command)
-        if number < KILLS // 2:
+        child = inputs.start(*base, "--allowance", "1h")
+        if number % 2:
             until(lambda: working(out), child)
         else:
             before = len(known)
             until(lambda before=before: len(recipes(out)) > before, child)  # type: ignore[misc]
-        time.sleep(rng.random() * 1.5)
-        kills += child.poll() is None
+        time.sleep(rng.random() * 1.2)
+        assert child.poll() is None, "it ended by itself, so this was no kill"
         child.kill()
         child.communicate()
         no_orphan(out)
@@ -64,18 +90,75 @@ def test_killed_at_random_moments_the_same_command_finishes(inputs: Inputs, tmp_
             is_whole(out)
         assert recipes(out)[: len(known)] == known, "a trial on record was lost"
         known = recipes(out)
-    assert kills >= KILLS // 2
+    assert len(known) >= KILLS // 2 and known == undisturbed(inputs, known)
     for place in (out, out / "jobs"):
         (place / ".reference-full.npz.killed.partial").write_bytes(b"half of it")
-    code, said = inputs.run(*command)
+    spent = spent_seconds(Study(out).trials)
+    code, said = inputs.run(*base, "--allowance", f"{spent + 10:.0f}s")
     assert (code, said) == (0, "")
-    assert recipes(out)[: len(known)] == known and 1 < len(known) <= len(recipes(out))
+    assert recipes(out)[: len(known)] == known
     assert Study.open(out).parent is not None and (out / "report.html").is_file()
     is_whole(out)
     no_orphan(out)
     assert not list(out.rglob("*.partial"))
     hidden = {p.name for p in out.rglob(".*")}
     assert hidden <= {".locks"}, "a half-made folder was left"
+
+
+STUDY = """
+import sys
+from fivefold.budget import Allowance, Budget
+from fivefold.model import load
+from fivefold.recipe import catalogue
+from fivefold.study.optimize import optimize
+
+model, out, text, workload = sys.argv[1:]
+optimize(load(model), out, budget=Budget(), objectives=("size", "kl"), allowance=Allowance(), trials=3, rounds=1,
+         techniques={"gguf": catalogue()["gguf"]}, text=text, workload=workload)
+"""
+
+
+def descendants(mark: str) -> list[int]:
+    """Living processes that were started with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@linux
+def test_killed_while_the_picks_are_measured_in_turn(inputs: Inputs, tmp_path: Path) -> None:
+    out, rng = tmp_path / "out", random.Random(1)
+    command = [sys.executable, "-c", STUDY, str(inputs.model), str(out), str(inputs.text), str(inputs.workload)]
+    known: list[dict[str, object]] = []
+    for number in range(3):
+        mark = f"{out}-{number}"
+        slow = {"SLOW": "meters.worker", "MARK": mark}
+        child = subprocess.Popen(command, env=inputs.environment(**slow), text=True, start_new_session=True)
+        until(lambda: working(out, "in-turn"), child)
+        time.sleep(rng.random() * 1.5)
+        assert child.poll() is None, "it ended by itself, so this was no kill"
+        child.kill()
+        child.communicate()
+        until(lambda mark=mark: not descendants(mark), seconds=10)  # type: ignore[misc]
+        assert not descendants(mark), "a measuring process was left behind"
+        now = [t.to_json() for t in Study(out).trials]
+        assert not known or now == known, "the records changed"
+        known = now
+    assert subprocess.run(command, env=inputs.environment(), stdout=subprocess.PIPE).returncode == 0
+    study = Study.open(out)
+    chosen = [p.trial for p in picks(study.trials, study.goal)]
+    assert chosen and all(t.paired.value("latency") for t in chosen)
+    for before, trial in zip(known, study.trials, strict=True):
+        after = trial.to_json()
+        assert {k: v for k, v in after.items() if k not in ("paired", "spent")} == {
+            k: v for k, v in before.items() if k not in ("paired", "spent")
+        }
+    no_orphan(out)
 
 
 def test_ctrl_c_stops_and_says_how_to_go_on(inputs: Inputs, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """The roofline against closed forms, the cache against itself, the calibration against common sense."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,3 +179,25 @@ def test_a_disturbed_calibration_is_repeated_once(
     done = machine().calibrate()
     assert len(calls) == runs and done.others == kept
     assert done.bandwidth().value == 1.0 + shares.index(kept)
+
+
+def test_the_kernels_own_tables_are_read_as_psutil_reads_them() -> None:
+    psutil = pytest.importorskip("psutil")
+    times = psutil.cpu_times(percpu=True)
+    ours = module._busy_seconds()
+    for mine, c in zip(ours, times, strict=True):
+        unused = c.idle + sum(getattr(c, name, 0.0) for name in ("iowait", "guest", "guest_nice"))
+        assert mine == pytest.approx(sum(c) - unused, abs=30)
+    assert module.usable_ram() <= psutil.virtual_memory().total
+
+
+def test_cpu_seconds_count_running_grandchildren() -> None:
+    busy = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end: pass\n"
+    inner = f"{busy}print('done', flush=True); import sys; sys.stdin.read()"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    before = module.cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", outer], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout and child.stdout.readline() == b"done\n"
+        assert len(module._descendants()) >= 2
+        assert module.cpu_seconds() - before >= 0.28
+    assert child.pid not in module._descendants()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import fivefold
-from fivefold.errors import BudgetError, Departure, Infeasible, Misfit, RecipeError, StoreError, UserError
+from fivefold.errors import BudgetError, DataError, Departure, Infeasible, Misfit, RecipeError, StoreError, UserError
 from fivefold.study.trial import Outcome
 from fivefold.testing import tiny_model
 from fivefold.verbs import catalogue, catalogue_page
@@ -123,6 +123,36 @@ def test_measure_has_five_resources_and_quality(walk: dict[str, str]) -> None:
     assert measured["energy"].method in ("measured", "modelled")
     with pytest.raises(Misfit, match="run-time techniques only"):
         fivefold.measure(walk["model"], recipe='gguf(type="q8_0")')
+
+
+def test_measure_answers_tasks(walk: dict[str, str], tmp_path: Path) -> None:
+    rows = [{"question": f"How many, {i}?", "choices": ["one", "a few of them"], "answer": i % 2} for i in range(12)]
+    for name in ("mine", "yours"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[:8] if name == "mine" else rows[8:])))
+    tasks = [str(tmp_path / "mine.jsonl"), str(tmp_path / "yours.jsonl")]
+    measured = fivefold.measure(walk["model"], workload=walk["workload"], rounds=1, quality=False, task=tasks)
+    accuracy = measured["accuracy"]
+    assert accuracy.n == 12 and accuracy.low is not None and accuracy.value is not None
+    each = measured.context["tasks"]
+    assert accuracy.value == pytest.approx((8 * each["mine"]["accuracy"] + 4 * each["yours"]["accuracy"]) / 12)
+    assert "perplexity" not in measured and "mcnemar_p" not in measured.context
+    with pytest.raises(DataError, match="piqa"):
+        fivefold.measure(walk["model"], workload=walk["workload"], task="piqaa")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.jsonl").write_text((tmp_path / "mine.jsonl").read_text())
+    with pytest.raises(DataError, match="two tasks are called 'mine'"):
+        fivefold.measure(walk["model"], workload=walk["workload"], task=[tasks[0], str(tmp_path / "b" / "mine.jsonl")])
+
+
+def test_a_plan_counts_the_answering(walk: dict[str, str], tmp_path: Path) -> None:
+    row = {"question": "How many joules does it take? " * 60, "choices": ["one", "two"], "answer": 0}
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps({**row, "question": f"{i} {row['question']}"})
+                                                   for i in range(40)))
+    given = {"text": walk["text"], "workload": walk["workload"], "allowance": "5min"}
+    without = fivefold.plan(walk["model"], **given)
+    with_task = fivefold.plan(walk["model"], **given, task=str(tmp_path / "mine.jsonl"), budget="accuracy>=0.9x")
+    for name in ("baseline", "trial"):
+        assert getattr(with_task, name).value > getattr(without, name).value
 
 
 def test_plan_spends_nothing(walk: dict[str, str]) -> None:

@@ -50,6 +50,12 @@ def good_gguf(tmp_path_factory):
     return path
 
 
+def test_the_storage_types_are_those_of_the_gguf_package():
+    sizes = gguf.constants.GGML_QUANT_SIZES
+    theirs = {int(kind): (kind.name, *sizes[kind]) for kind in gguf.GGMLQuantizationType}
+    assert theirs == weights.GGML_TYPES
+
+
 def test_the_header_agrees_with_the_gguf_package(good_gguf):
     header, reader = gguf_header(good_gguf), gguf.GGUFReader(good_gguf)
     assert [(t.name, t.shape, t.type, t.offset, t.nbytes) for t in header.tensors] == [

@@ -13,11 +13,8 @@ bytes) go first; what is pinned or in use stays.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import inspect
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +34,8 @@ MAX_MANIFEST_BYTES = 16 << 20
 
 def key(parts: Mapping[str, Any]) -> str:
     """Full SHA-256 of `parts` as canonical JSON (sorted keys, no spaces, no NaN)."""
+    import hashlib
+
     text = json.dumps(dict(parts), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -48,6 +47,8 @@ def source_hash(thing: object) -> str:
 
 def versions(*packages: str) -> dict[str, str]:
     """Installed versions, for a key or a manifest; a package that is not there is "absent"."""
+    import importlib.metadata
+
     out = {}
     for package in packages:
         try:
@@ -64,11 +65,15 @@ def hash_folder(path: Path) -> str:
     """
     if path.is_file():
         return _hash_file(path)
+    import hashlib
+
     lines = [f"{f.relative_to(path)} {_hash_file(f)}\n" for f in _files(path)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _hash_file(path: Path) -> str:
+    import hashlib
+
     path = path.resolve()
     state = path.stat()
     note = cache_dir() / "hashes" / f"{hashlib.sha256(str(path).encode()).hexdigest()}.txt"
@@ -186,6 +191,8 @@ class Artifact:
 
         Raises StoreError when this artifact was changed, or `to` exists or cannot be written.
         """
+        import shutil
+
         self.verify()
         with atomic_folder(to) as work:
             for name in self.manifest["files"]:
@@ -324,6 +331,8 @@ class Store:
 
     def _evict(self, artifact: Artifact) -> None:
         """Renamed first, so that no reader finds a half-removed folder."""
+        import shutil
+
         with storage(artifact.path):
             gone = artifact.path.rename(self.root / f".{artifact.path.name}.evicted")
         shutil.rmtree(gone, ignore_errors=True)

@@ -22,10 +22,12 @@ app = typer.Typer(
 ModelName = Annotated[str, typer.Argument(help="Hugging Face folder, GGUF file, artifact folder or bundled name.")]
 StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study, as given to optimize --out.")]
 BudgetText = Annotated[str, typer.Option("--budget", help='Limits on the result: "memory<=260MB, agreement>=0.85".')]
-Objectives = Annotated[str, typer.Option("--minimize", help="Metrics to trade off, comma-separated.")]
+Objectives = Annotated[str, typer.Option("--minimize", help="Metrics to improve and trade off, comma-separated.")]
 AllowanceText = Annotated[str, typer.Option("--allowance", help='Limits on the search: "8min", "1h, 50Wh, 4GB".')]
 WorkloadName = Annotated[str, typer.Option("--workload", help="chat, summarize, batch, or a JSONL file.")]
 TextSource = Annotated[str, typer.Option("--text", help="Held-out text: encyclopedia, shakespeare or a file.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Labelled task (piqa) or JSONL; may be repeated.")]
+Items = Annotated[int, typer.Option("--items", min=8, help="Items of each task.")]
 Country = Annotated[str, typer.Option("--country", help="Grid intensity and tariffs: ISO code, or world.")]
 Sampler = Annotated[str, typer.Option("--sampler", help="fivefold, random, tpe or nsga2.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the search.")]
@@ -37,7 +39,7 @@ def optimize(
     out: Annotated[Path, typer.Option("--out", help="Folder of the study; the same command resumes.")],
     budget: BudgetText = "", minimize: Objectives = "latency,energy,size", allowance: AllowanceText = "30min",
     workload: WorkloadName = "chat", text: TextSource = "encyclopedia", country: Country = "world",
-    sampler: Sampler = "fivefold", seed: Seed = 0,
+    sampler: Sampler = "fivefold", seed: Seed = 0, task: Tasks = None, items: Items = 100,
     memory: Annotated[str, typer.Option("--memory", help='Cap on each trial: "1GB"; above it, out of memory.')] = "",
 ) -> None:
     """Search for cheaper recipes within a budget; leaves a measured front, a report and artifacts."""
@@ -48,7 +50,8 @@ def optimize(
         with display.LiveStudy() as live:
             study = verbs.optimize(
                 model, out=out, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text,
-                country=country, sampler=sampler, seed=seed, memory=memory, events=live,
+                country=country, sampler=sampler, seed=seed, memory=memory, task=task or (), items=items,
+                events=live,
             )
     except NothingFits as error:
         display.nothing_fits(error, out)
@@ -63,12 +66,14 @@ def optimize(
 def plan(
     model: ModelName, budget: BudgetText = "", minimize: Objectives = "latency,energy,size",
     allowance: AllowanceText = "30min", workload: WorkloadName = "chat", text: TextSource = "encyclopedia",
+    task: Tasks = None, items: Items = 100,
 ) -> None:
     """Show what optimize would do, with predicted time, energy and disk, before spending any."""
     from fivefold import display, verbs
 
     display.plan(verbs.plan(
-        model, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text
+        model, budget=budget, minimize=minimize, allowance=allowance, workload=workload, text=text, task=task or (),
+        items=items,
     ))
 
 
@@ -135,13 +140,15 @@ def measure(
     model: ModelName, workload: WorkloadName = "chat", text: TextSource = "encyclopedia", country: Country = "world",
     recipe: Annotated[str, typer.Option("--recipe", help="Run-time techniques to measure under.")] = "",
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000)] = 5,
-    quality: Annotated[bool, typer.Option("--quality/--no-quality")] = True,
+    quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Log-loss on held-out text.")] = True,
+    task: Tasks = None, items: Items = 100,
 ) -> None:
     """Five resources and quality of any model folder, GGUF file or artifact, each number with its method."""
     from fivefold import display, verbs
 
     display.measurement(verbs.measure(
-        model, workload=workload, text=text, country=country, recipe=recipe, rounds=rounds, quality=quality
+        model, workload=workload, text=text, country=country, recipe=recipe, rounds=rounds, quality=quality,
+        task=task or (), items=items,
     ))
 
 

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +43,8 @@ def atomic_file(path: Path, fill: Callable[[IO[bytes]], object]) -> Path:
     try:
         with storage(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
+            draft = str(path.with_name(f".{path.name}.{os.urandom(8).hex()}{PARTIAL}"))
+            descriptor, name = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), draft
             with os.fdopen(descriptor, "wb") as file:
                 fill(file)
                 file.flush()
@@ -70,6 +68,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     An empty folder at `path` is taken over; one that holds something raises StoreError.
     """
+    import shutil
+    import tempfile
+
     if path.is_dir() and any(path.iterdir()):
         raise StoreError(f"{path} is not empty; give a folder that does not exist yet")
     with storage(path):
@@ -91,6 +92,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_partial(path: Path) -> None:
     """Remove what a killed process left of `path`. Only for the holder of its lock."""
+    import shutil
+
     for left in path.parent.glob(f".{path.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
 
@@ -136,5 +139,7 @@ def if_free(path: Path) -> Iterator[bool]:
 
 
 def sha256(path: Path) -> str:
+    import hashlib
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

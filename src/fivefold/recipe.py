@@ -80,6 +80,13 @@ class Technique:
         """The plans and the blueprint as `apply` will leave them, without its work. Default: a build edits neither."""
         return self.apply(model) if self.runtime else model
 
+    def inputs(self, model: Model) -> str:
+        """What besides fields, code, parent and data decides the result, such as a table measured on this machine.
+
+        A digest that becomes part of the artifact's key; may measure. Default: nothing.
+        """
+        return ""
+
     def effort(self, model: Model) -> float:
         """Arithmetic operations it takes to apply, roughly; a plan's forecast, corrected by what trials then cost."""
         return 0.0

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fivefold.study.ship import Shipped
     from fivefold.study.study import Study
     from fivefold.study.trial import Trial
+    from fivefold.tasks.choice import ChoiceSet
+    from fivefold.tokenizer import Tokenizer
 
 FULL_TOKENS, WINDOW = 2048, 512
 
@@ -38,23 +40,25 @@ def doctor(refresh: bool = False) -> Machine:
 
 
 def _choices(
-    budget: str, minimize: str, allowance: str, workload: str, text: str, country: str, sampler: str, seed: int
+    budget: str, minimize: str, allowance: str, workload: str, text: str, country: str, sampler: str, seed: int,
+    task: str | Sequence[str], items: int,
 ) -> dict[str, Any]:
     from fivefold.budget import Allowance, Budget, objectives
 
     return {
         "budget": Budget.parse(budget), "objectives": objectives(minimize), "allowance": Allowance.parse(allowance),
         "workload": workload, "text": text, "country": country, "sampler": sampler, "seed": seed,
+        "tasks": (task,) if isinstance(task, str) else tuple(task), "items": items,
     }
 
 
 def plan(
     model: str | Path, *, budget: str = "", minimize: str = "latency,energy,size", allowance: str = "30min",
     workload: str = "chat", text: str = "encyclopedia", country: str = "world", sampler: str = "fivefold",
-    seed: int = 0,
+    seed: int = 0, task: str | Sequence[str] = (), items: int = 100,
 ) -> Plan:
     """What `optimize` would do with these arguments; spends nothing."""
-    choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed)
+    choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed, task, items)
     from fivefold.model import load
     from fivefold.study.plan import plan as planned
 
@@ -64,15 +68,17 @@ def plan(
 def optimize(
     model: str | Path, *, out: str | Path, budget: str = "", minimize: str = "latency,energy,size",
     allowance: str = "30min", workload: str = "chat", text: str = "encyclopedia", country: str = "world",
-    sampler: str = "fivefold", seed: int = 0, memory: str = "", events: Callable[[Any], None] | None = None,
+    sampler: str = "fivefold", seed: int = 0, memory: str = "", task: str | Sequence[str] = (), items: int = 100,
+    events: Callable[[Any], None] | None = None,
 ) -> Study:
     """Search, resume or finish the study in `out`; leaves its report there.
 
+    `task` names labelled sets (piqa) or .jsonl files; every trial answers `items` of each and gets an `accuracy`.
     `memory` ("1GB") caps each process of a trial: above it the trial is out of memory and the search goes on.
     Raises Infeasible when nothing measured meets the budget (the report is written all the same), Busy when another
     process works on `out`, UserError for what is wrong with the arguments.
     """
-    choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed)
+    choices = _choices(budget, minimize, allowance, workload, text, country, sampler, seed, task, items)
     from fivefold.budget import size
     from fivefold.model import load
     from fivefold.study.optimize import optimize as search
@@ -89,7 +95,7 @@ def report(study: Study) -> list[Path]:
     from fivefold.study.analysis import analysis
 
     trials, meta = study.trials, study.meta
-    return write_report(study.folder, trials, meta, analysis(trials, study.goal))
+    return write_report(study.folder, trials, meta, analysis(trials, study.goal, str(meta.get("apart") or "")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,13 +127,15 @@ def explain(study: str | Path) -> Explanation:
 
 def measure(
     model: str | Path, *, workload: str = "chat", text: str = "encyclopedia", country: str = "world",
-    recipe: str = "", rounds: int = 5, quality: bool = True,
+    recipe: str = "", rounds: int = 5, quality: bool = True, task: str | Sequence[str] = (), items: int = 100,
 ) -> Measurement:
-    """Five resources (in a fresh process) and log-loss on held-out text of a model, under run-time techniques."""
+    """Five resources (in a fresh process), log-loss on held-out text and accuracy on tasks of a model, under run-time
+    techniques. `quality` False leaves out the log-loss."""
     from fivefold.errors import Misfit
     from fivefold.meters.interleaved import Interleaved, Job
     from fivefold.model import load
     from fivefold.recipe import Recipe
+    from fivefold.study.quality import questions
     from fivefold.tokenizer import Tokenizer
     from fivefold.workload import Workload
 
@@ -135,10 +143,26 @@ def measure(
     if parsed.build.techniques:
         raise Misfit(f"measure takes run-time techniques only, and {parsed.build} changes the artifact; use optimize")
     served = parsed.apply(loaded)
-    traffic = Workload.load(workload, Tokenizer(loaded.tokenizer_file))
+    tokenizer = Tokenizer(loaded.tokenizer_file)
+    traffic = Workload.load(workload, tokenizer)
+    sets = questions((task,) if isinstance(task, str) else tuple(task), items)
     with Interleaved([Job(model=served, workload=traffic)], country=country) as alone:
         measured = alone.run(rounds)[0]
-    return measured.merged(_log_loss(served, text)) if quality else measured
+    if quality:
+        measured = measured.merged(_log_loss(served, text))
+    return measured.merged(_accuracy(served, tokenizer, sets)) if sets else measured
+
+
+def _accuracy(model: Model, tokenizer: Tokenizer, sets: Sequence[ChoiceSet]) -> Measurement:
+    from fivefold.engines import open_session
+    from fivefold.study.quality import scored
+    from fivefold.tasks.choice import answer
+
+    session = open_session(model)
+    try:
+        return scored([answer(session, tokenizer, s) for s in sets])
+    finally:
+        session.close()
 
 
 def _log_loss(model: Model, text: str) -> Measurement:

@@ -20,19 +20,19 @@ import json
 import math
 import mmap
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from fivefold.errors import ModelError
 from fivefold.files import atomic_file, atomic_folder, write_text
 from fivefold.model import Blueprint
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MAX_JSON_HEADER = 4 << 20
 MAX_JSON_BRACKETS = 1 << 19
@@ -69,12 +69,16 @@ class StoredTensor:
 
     def raw(self) -> NDArray[np.uint8]:
         """The bytes, mapped and read-only, shape (nbytes,)."""
+        import numpy as np
+
         if not self.nbytes:
             return np.empty(0, np.uint8)
         return np.memmap(self.file, np.uint8, "r", self.offset, (self.nbytes,))
 
     def numpy(self) -> NDArray[Any]:
         """Floating types as float32 (float64 too), the others in their own type; a copy, shape `shape`."""
+        import numpy as np
+
         if self.dtype == "BF16":
             halves = self.raw().view("<u2").astype(np.uint32) << np.uint32(16)
             return halves.view(np.float32).reshape(self.shape)
@@ -184,6 +188,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 def to_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
     """The upper halves of float32 values, rounded to the nearest even; NaN stays NaN."""
+    import numpy as np
+
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     quiet = (bits >> np.uint32(16)) | np.uint32(0x40)
@@ -239,6 +245,8 @@ def write_safetensors_folder(
 
 def copy_side_files(source: Path, target: Path, names: Sequence[str] = SIDE_FILES) -> None:
     """Copy config, tokenizer, chat template and the like: small files only, never weights."""
+    import shutil
+
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -278,6 +286,8 @@ def _spec(value: Any) -> tuple[str, tuple[int, ...]]:
 
 
 def _bytes(value: Any) -> NDArray[np.uint8]:
+    import numpy as np
+
     if hasattr(value, "raw"):
         raw: NDArray[np.uint8] = value.raw()
         return raw
@@ -309,7 +319,7 @@ class GGUFArray:
             file.seek(self.offset)
             data = file.read(self.nbytes)
         if self.kind != "string":
-            return list(np.frombuffer(data, _SCALARS[self.kind][1]).tolist())
+            return [value for (value,) in struct.iter_unpack(_SCALARS[self.kind], data)]
         out, at = [], 0
         for _ in range(self.count):
             (length,) = struct.unpack_from("<Q", data, at)
@@ -361,12 +371,24 @@ class GGUFHeader:
 
 
 _SCALARS = {
-    "uint8": ("<B", "u1"), "int8": ("<b", "i1"), "uint16": ("<H", "<u2"), "int16": ("<h", "<i2"),
-    "uint32": ("<I", "<u4"), "int32": ("<i", "<i4"), "float32": ("<f", "<f4"), "bool": ("<?", "?"),
-    "uint64": ("<Q", "<u8"), "int64": ("<q", "<i8"), "float64": ("<d", "<f8"),
+    "uint8": "<B", "int8": "<b", "uint16": "<H", "int16": "<h", "uint32": "<I", "int32": "<i", "float32": "<f",
+    "bool": "<?", "uint64": "<Q", "int64": "<q", "float64": "<d",
 }
 _KINDS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "float32", "bool", "string", "array", "uint64",
           "int64", "float64")
+
+
+GGML_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74), 18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82), 23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
+}
+"""ggml's number of a storage type: (name, weights in a block, bytes of a block)."""
 
 
 def gguf_header(path: Path) -> GGUFHeader:
@@ -400,7 +422,7 @@ class _Reader:
         return start
 
     def scalar(self, kind: str) -> Any:
-        code = _SCALARS[kind][0]
+        code = _SCALARS[kind]
         return struct.unpack_from(code, self.data, self.skip(struct.calcsize(code)))[0]
 
     def text(self, longest: int = MAX_TEXT) -> str:
@@ -424,7 +446,7 @@ class _Reader:
         kind, count = self.kind(), self.scalar("uint64")
         if kind == "array":
             raise self.bad("an array of arrays")
-        smallest = 8 if kind == "string" else struct.calcsize(_SCALARS[kind][0])
+        smallest = 8 if kind == "string" else struct.calcsize(_SCALARS[kind])
         if count > (self.size - self.at) // smallest:
             raise self.bad(f"an array of {count} values, more than the file holds")
         start = self.at
@@ -460,8 +482,6 @@ class _Reader:
         return GGUFHeader(file=self.path, metadata=metadata, tensors=self.placed(table, alignment))
 
     def tensor(self, alignment: int) -> GGUFTensor:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
         name, dims = self.text(256), self.scalar("uint32")
         if not 1 <= dims <= 4:
             raise self.bad(f"{name[:80]!r} has {dims} dimensions")
@@ -469,16 +489,15 @@ class _Reader:
         number, offset = self.scalar("uint32"), self.scalar("uint64")
         if min(shape) < 1 or math.prod(shape) > MAX_ELEMENTS:
             raise self.bad(f"{name[:80]!r} claims the absurd shape {shape}")
-        if number not in GGMLQuantizationType.__members__.values():
+        if number not in GGML_TYPES:
             raise self.bad(f"{name[:80]!r} has the unknown type {number}")
-        kind = GGMLQuantizationType(number)
-        block, block_bytes = GGML_QUANT_SIZES[kind]
+        kind, block, block_bytes = GGML_TYPES[number]
         if shape[0] % block:
-            raise self.bad(f"{name[:80]!r} has rows of {shape[0]}, which {kind.name} cannot hold")
+            raise self.bad(f"{name[:80]!r} has rows of {shape[0]}, which {kind} cannot hold")
         if offset % alignment:
             raise self.bad(f"{name[:80]!r} does not start on a multiple of {alignment}")
         nbytes = math.prod(shape) // block * block_bytes
-        return GGUFTensor(name=name, shape=tuple(reversed(shape)), type=kind.name, offset=offset, nbytes=nbytes)
+        return GGUFTensor(name=name, shape=tuple(reversed(shape)), type=kind, offset=offset, nbytes=nbytes)
 
     def placed(self, table: list[GGUFTensor], alignment: int) -> tuple[GGUFTensor, ...]:
         start = -(-self.at // alignment) * alignment

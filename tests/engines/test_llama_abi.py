@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import mmap
+import sys
+from pathlib import Path
+
 import pytest
 from cffi import FFI
 
@@ -53,3 +57,27 @@ def test_only_errors_are_kept() -> None:
     assert abi.last_error() == "llama.cpp gave no reason"
     handle = lib.llama_model_load_from_file(b"/nowhere.gguf", lib.llama_model_default_params())
     assert handle == ffi.NULL and "nowhere.gguf" in abi.last_error()
+
+
+def test_the_compiled_declarations_are_those() -> None:
+    file = Path(abi.__file__).with_name("_llama_ffi.py")
+    assert file.read_text(encoding="utf-8") == abi.compiled(), "run: python -m fivefold.engines._llama_abi"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which pages were changed")
+def test_a_mapping_is_clean_until_a_page_of_it_is_changed(tmp_path: Path) -> None:
+    file = tmp_path / "two words in its name"
+    file.write_bytes(b"x" * (4 * mmap.PAGESIZE))
+    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+        assert mapped[0] == ord("x")
+        [(first, last)] = abi._clean(str(file))
+        assert last - first == len(mapped)
+        mapped[mmap.PAGESIZE] = ord("y")
+        assert not list(abi._clean(str(file)))
+        assert mapped[0] == ord("x") and mapped[mmap.PAGESIZE] == ord("y")
+
+
+def test_the_version_is_that_of_the_wheel() -> None:
+    from importlib.metadata import version
+
+    assert abi.installed() == version("xllamacpp") == abi.PINNED

@@ -14,8 +14,10 @@ import pytest
 from scipy.stats import chisquare
 
 from fivefold.engines import Sampling, llama_cpp, module, names
+from fivefold.engines import _llama_abi as abi
 from fivefold.engines._quantize import dequantize, quantize, row_bytes, types
-from fivefold.errors import DataError, ModelError, RecipeError
+from fivefold.engines._sampling import greedy
+from fivefold.errors import DataError, ModelError, NotFinite, RecipeError
 from fivefold.model import DecodePlan, Model, RunPlan, load
 
 VOCAB, HEADS, KV_HEADS, LAYERS = 256, 2, 1, 2
@@ -375,3 +377,32 @@ def test_row_bytes_is_what_ggml_says() -> None:
     _, lib = llama_cpp.abi.library()
     for name, kind in types().items():
         assert row_bytes(name, 768) == lib.ggml_row_size(kind.number, 768)
+
+
+def test_a_row_is_what_numpy_makes_of_it(session: Any) -> None:
+    context = session._fitting(8, outputs=1)
+    row = context.prefill(session._checked(PROMPT, 8))
+    values = np.array(row)
+    assert values.shape == (VOCAB,) == (len(row),)
+    assert row.argmax() == values.argmax() and row[3] == values[3]
+    context.at(len(PROMPT) - 1)[7] = context.at(len(PROMPT) - 1)[200] = 99.0
+    assert np.asarray(row)[200] == 99 and row.argmax() == 7
+    for broken, place in ((float("nan"), 150), (float("inf"), 60)):
+        context.at(len(PROMPT) - 1)[place] = broken
+        with pytest.raises(NotFinite):
+            greedy(row)
+        context.at(len(PROMPT) - 1)[place] = 0.0
+    context.at(len(PROMPT) - 1)[0] = float("-inf")
+    assert greedy(row) == 7
+
+
+def test_giving_pages_back_changes_no_token(session: Any) -> None:
+    before = list(session.generate(PROMPT, 20))
+    abi.give_back()
+    assert list(session.generate(PROMPT, 20)) == before
+
+
+@pytest.mark.parametrize("tokens", [[1.5], [[1, 2]], [], [-1], [VOCAB], [1 << 40], "ab"])
+def test_what_is_no_prompt(session: Any, tokens: Any) -> None:
+    with pytest.raises(DataError, match="one or more token ids"):
+        session.generate(tokens, 1)

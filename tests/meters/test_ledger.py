@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from fivefold.machine import Machine
+from fivefold.meters import ledger
 from fivefold.meters.ledger import Cost, metered, payback, paybacks, saving
 from fivefold.meters.money import Prices
 from fivefold.quantity import Measurement, Quantity
@@ -71,3 +72,14 @@ def test_a_saving_has_the_widest_interval_the_two_allow() -> None:
     s = saving(q(10, "J", 8, 13), q(4, "J", 3, 6), scale=2.0)
     assert (s.value, s.low, s.high) == (12, 4, 20)
     assert saving(Quantity.missing("J", "gone"), q(1)).reason == "gone"
+
+
+def test_bytes_are_counted_as_psutil_counts_them() -> None:
+    psutil = pytest.importorskip("psutil")
+    wires = {n: c.bytes_sent + c.bytes_recv for n, c in psutil.net_io_counters(pernic=True).items() if n != "lo"}
+    seen = ledger._network()
+    assert (seen or 0) <= sum(wires.values()) + (64 << 20)
+    process = psutil.Process()
+    if hasattr(process, "io_counters"):
+        before = process.io_counters().write_bytes
+        assert before <= (ledger._written() or 0) <= process.io_counters().write_bytes

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from fivefold.machine import Machine
 from fivefold.meters import interleaved, worker
 from fivefold.meters.interleaved import Interleaved, Job, keep
 from fivefold.meters.money import Prices
-from fivefold.model import Model
+from fivefold.model import Model, load
 
 TRAFFIC = Traffic("test", [Request([1] * 10, 5)])
 ARM = '''
@@ -114,3 +115,57 @@ def test_a_turn_is_disturbed_when_one_of_it_is() -> None:
     assert keep(turns, 2) == [1, 3]
     assert keep(turns, 3) == [1, 2, 3]
     assert keep(turns, 9) == [0, 1, 2, 3]
+
+
+NOT_NEEDED = {"numpy", "psutil", "gguf", "cffi", "pycparser", "hashlib", "email", "tempfile", "subprocess", "logging",
+              "concurrent.futures", "asyncio", "yaml", "rich", "typer", "tokenizers", "jinja2", "torch", "openvino"}
+MEASURED = '''
+import json, sys
+from fivefold.meters import memory, worker
+closed = memory.PeakMemory.close
+def close(window):
+    closed(window)
+    print(json.dumps({"peak": window.peak.value, "modules": sorted(sys.modules)}), flush=True)
+memory.PeakMemory.close = close
+raise SystemExit(worker.main(sys.argv[1:], sys.stdin, sys.stdout))
+'''
+
+
+def tiny_llama(path: Path) -> Path:
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(256)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    square, row = np.eye(64, dtype=np.float32), np.ones(64, np.float32)
+    matrices = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    tensors = {"token_embd": square, "output_norm": row, "blk.0.attn_norm": row, "blk.0.ffn_norm": row}
+    for name, array in {**tensors, **{f"blk.0.{n}": square for n in matrices}}.items():
+        writer.add_tensor(f"{name}.weight", array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_measuring_process_holds_little_but_the_model(machine: Machine, prices: Prices, tmp_path: Path) -> None:
+    """What is loaded until the memory window closes counts as the model's: 19 MB when this was written."""
+    pytest.importorskip("xllamacpp")
+    job = tmp_path / "job.json"
+    model = load(tiny_llama(tmp_path / "tiny.gguf"))
+    job.write_text(json.dumps(worker.job_to_json(model, TRAFFIC, machine, prices, "FRA")))
+    asked = '{"do": "round"}\n{"do": "finish", "keep": [0]}\n'
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(job)], input=asked, capture_output=True, text=True)
+    bare = subprocess.run([sys.executable, "-c", "import os; print(open('/proc/self/status').read())"],
+                          capture_output=True, text=True)
+    ready, _, seen, last = map(json.loads, done.stdout.splitlines())
+    assert ready["ready"] and last["measurement"]["quantities"]["memory"]["value"] == seen["peak"]
+    assert not NOT_NEEDED & set(seen["modules"])
+    own = next(int(line.split()[1]) * 1024 for line in bare.stdout.splitlines() if line.startswith("VmHWM"))
+    assert seen["peak"] - own < 30e6

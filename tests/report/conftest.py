@@ -79,7 +79,9 @@ def analysis() -> dict[str, Any]:
     names = ("gguf", "threads", "prune_depth", "repair")
     return {
         "parent": 0, "front": [1, 2, 4, 6],
-        "picks": [{"role": r, "number": n, "why": f"the {r} of the trials within the budget"}
+        "picks": [{"role": r, "number": n, "why": f"the {r} of the trials within the budget",
+                   "against_parent": {"latency": q(0.0123, "x", spread=0.4, n=6).to_json()},
+                   "ratios": f"ratios: measured in turn, {n} rounds", "tested": f"McNemar p = 0.{n}"}
                   for r, n in (("smallest", 2), ("greenest", 6), ("safest", 4))],
         "effects": [{"technique": t, "metric": m, "change": c(-0.6 + 0.25 * i + 0.1 * j)}
                     for i, t in enumerate(names) for j, m in enumerate(("latency", "energy", "kl"))],

@@ -5,19 +5,23 @@ from __future__ import annotations
 import random
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from made_up import machine, made_up_table
+from made_up import formula, machine, made_up_table
 
 from fivefold.budget import Allowance, Budget
 from fivefold.model import load
+from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe
 from fivefold.study.driver import Phase, Report
+from fivefold.study.in_turn import Turn
 from fivefold.study.pareto import Goal
 from fivefold.study.policy import Policy
 from fivefold.study.predictor import Predictor
 from fivefold.study.sampler import make
 from fivefold.study.study import Study
+from fivefold.study.trial import Trial
 from fivefold.testing import ReplayMeter
 
 GOAL = Goal(("latency", "size", "kl"), Budget.parse("size<=0.9x"))
@@ -36,11 +40,26 @@ class Slow(ReplayMeter):
         time.sleep(random.random() * self.pause)
         return super().measure(recipe, number, artifact, phase)
 
+    def in_turn(
+        self, parent: Trial, trials: Sequence[Trial], turn: Turn, patience: float, phase: Phase
+    ) -> tuple[Mapping[int, Measurement], Mapping[str, float]]:
+        time.sleep(random.random() * self.pause)
+        return {t.number: paired(t) for t in trials}, {}
 
-def policy(model: Path, sampler: str, most: int = 14, seconds: float | None = None) -> Policy:
+
+def paired(trial: Trial) -> Measurement:
+    """The ratio to the parent by the formula."""
+    ratio = formula(trial.recipe)["latency"] / formula("parent")["latency"]
+    context = {"outcome": "measured", "sentence": "", "rounds": 6, "requests": 1}
+    return Measurement({"latency": Quantity(value=ratio, unit="x", method="measured", n=6)}, context)
+
+
+def policy(
+    model: Path, sampler: str, most: int = 14, seconds: float | None = None, share: float = 0.08
+) -> Policy:
     predictor = Predictor(machine(), load(model))
     space = made_up_table_space()
-    return Policy(GOAL, space, make(sampler, GOAL, predictor), predictor, Allowance(time=seconds), 0, most)
+    return Policy(GOAL, space, make(sampler, GOAL, predictor), predictor, Allowance(time=seconds), 0, most, share)
 
 
 def made_up_table_space():  # type: ignore[no-untyped-def]

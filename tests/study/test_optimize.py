@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from made_up import machine
+from scipy.stats import binomtest
 
+from fivefold.artifact import Store
 from fivefold.budget import Allowance, Budget
+from fivefold.engines import open_session
 from fivefold.errors import Misfit, UserError
 from fivefold.model import Model
-from fivefold.quantity import Quantity
+from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe, catalogue
 from fivefold.study.build import Builder, folder_bytes
 from fivefold.study.optimize import optimize
+from fivefold.study.picks import picks
 from fivefold.study.plan import plan
 from fivefold.study.study import Study
 from fivefold.study.trial import Outcome
+from fivefold.tasks import choice
 from fivefold.testing import tiny_model
 from fivefold.testing.tiny import TEXT
+from fivefold.tokenizer import Tokenizer
 
 TECHNIQUES = ("gguf", "threads")
 
@@ -92,6 +100,111 @@ def test_the_seconds_are_accounted_for(done: Study) -> None:
 def test_the_same_command_has_nothing_left_to_do(done: Study, run: Callable[..., Study]) -> None:
     before = [t.to_json() for t in done.trials]
     assert [t.to_json() for t in run(done.folder).trials] == before
+
+
+def test_the_picks_were_measured_in_turn_with_the_parent(done: Study) -> None:
+    chosen = picks(done.trials, done.goal)
+    assert chosen
+    for pick in chosen:
+        paired = pick.trial.paired
+        assert paired.context["rounds"] == 6 and paired.context["requests"] == 2 and not paired.context["sentence"]
+        for metric in ("latency", "decode", "ttft", "energy", "money"):
+            assert (paired.value(metric) or 0) > 0 and pick.against[metric] == paired[metric]
+        assert paired["latency"].n == 6 and pick.trial.spent["in turn"] > 0
+    assert not any(len(t.paired) for t in done.trials if t.number not in [p.trial.number for p in chosen])
+
+
+def test_an_artifact_that_is_gone_is_told_and_the_study_stays(
+    done: Study, run: Callable[..., Study], tmp_path: Path
+) -> None:
+    shutil.copytree(done.folder, tmp_path / "copy")
+    copy = Study(tmp_path / "copy")
+    with copy.store.writing() as store:
+        store.put(*(t.but(paired=Measurement({})) for t in copy.trials))
+    shutil.rmtree(copy.folder / "artifacts")
+    again = run(copy.folder)
+    paired = [p.trial.paired for p in picks(again.trials, again.goal) if p.trial.artifact]
+    assert paired and all(m.context["outcome"] == "refused" and "is gone" in m.context["sentence"] for m in paired)
+    assert [t.measurement.to_json() for t in again.trials] == [t.measurement.to_json() for t in done.trials]
+
+
+QUESTIONS = [
+    {"question": f"How many of {i}?", "choices": ["She sells sea shells.", "joules", f"{i} others"], "answer": i % 3}
+    for i in range(14)
+]
+
+
+@pytest.fixture(scope="module")
+def tasked(run: Callable[..., Study], tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    folder = tmp_path_factory.mktemp("tasked")
+    for name, rows in (("first", QUESTIONS), ("second", QUESTIONS[:10:-1])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"objectives": ("size", "accuracy"), "budget": Budget.parse("accuracy>=0.01x")}
+    return run(folder / "study", tasks=(str(folder / "first.jsonl"), str(folder / "second.jsonl")), items=12, trials=2,
+               techniques={"gguf": catalogue()["gguf"]}, **given), folder
+
+
+def test_trials_answer_the_tasks_in_their_engine_and_are_paired(
+    model: Model, tasked: tuple[Study, Path]
+) -> None:
+    study, folder = tasked
+    parent, child = study.trials[0], study.trials[1]
+    assert child.outcome is Outcome.MEASURED, "an objective on a task lets a screened trial be measured"
+    sets = [choice.load(folder / f"{name}.jsonl", 12) for name in ("first", "second")]
+    right = []
+    stored = Store(study.folder / "artifacts").get(child.artifact or "")
+    assert stored is not None
+    for one in (model, stored.model()):
+        session = open_session(one)
+        answers = [choice.answer(session, Tokenizer(one.tokenizer_file), s) for s in sets]
+        session.close()
+        right.append(np.concatenate([a.correct for a in answers]))
+    assert len(right[0]) == 15
+    for trial, hits in zip((parent, child), right, strict=True):
+        q = trial.measurement["accuracy"]
+        assert (q.value, q.n) == (hits.mean(), 15) and q.low is not None and q.low <= hits.mean() <= (q.high or 0)
+    lost, won = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    p = binomtest(won, won + lost).pvalue if won + lost else 1.0
+    assert child.measurement.context["mcnemar_p"] == pytest.approx(p)
+    assert parent.measurement.context["mcnemar_p"] == 1.0 and parent.value("label_loyalty") == 1.0
+    assert {k: v["items"] for k, v in child.measurement.context["tasks"].items()} == {"first": 12, "second": 3}
+
+
+def test_tasks_and_items_identify_the_study(tasked: tuple[Study, Path], run: Callable[..., Study]) -> None:
+    study, folder = tasked
+    assert study.meta["settings"]["task"].startswith("first (12 items, ")
+    given = {"objectives": ("size", "accuracy"), "budget": Budget.parse("accuracy>=0.01x"), "trials": 2,
+             "techniques": {"gguf": catalogue()["gguf"]}}
+    for tasks, items in ((("first",), 12), (("first", "second"), 11)):
+        paths = tuple(str(folder / f"{name}.jsonl") for name in tasks)
+        with pytest.raises(UserError, match="was started with task"):
+            run(study.folder, tasks=paths, items=items, **given)
+    before = [t.to_json() for t in study.trials]
+    paths = tuple(str(folder / f"{name}.jsonl") for name in ("first", "second"))
+    assert [t.to_json() for t in run(study.folder, tasks=paths, items=12, **given).trials] == before
+
+
+def test_a_task_metric_without_a_task_is_refused(run: Callable[..., Study], tmp_path: Path) -> None:
+    for given in ({"budget": Budget.parse("accuracy>=0.9x")}, {"objectives": ("latency", "accuracy")}):
+        with pytest.raises(UserError, match=r"accuracy is measured on a task and none was named; add --task"):
+            run(tmp_path / "out", **given)
+    assert not (tmp_path / "out" / "study.sqlite").exists()
+
+
+def test_answers_that_are_lost_are_made_anew(
+    tasked: tuple[Study, Path], run: Callable[..., Study], tmp_path: Path
+) -> None:
+    study, folder = tasked
+    shutil.copytree(study.folder, tmp_path / "copy")
+    before = json.loads((study.folder / "answers.json").read_text())
+    (tmp_path / "copy" / "answers.json").unlink()
+    run(tmp_path / "copy", tasks=tuple(str(folder / f"{n}.jsonl") for n in ("first", "second")), items=12, trials=2,
+        techniques={"gguf": catalogue()["gguf"]}, objectives=("size", "accuracy"),
+        budget=Budget.parse("accuracy>=0.01x"))
+    after = json.loads((tmp_path / "copy" / "answers.json").read_text())
+    assert [a["right"] for a in after] == [a["right"] for a in before]
+    for a, b in zip(after, before, strict=True):
+        assert np.allclose(np.concatenate(a["probabilities"]), np.concatenate(b["probabilities"]), atol=1e-3)
 
 
 def test_another_command_in_the_same_folder_is_refused(done: Study, run: Callable[..., Study]) -> None:

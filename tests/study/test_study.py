@@ -13,7 +13,7 @@ from made_up import formula
 from run_made_up import policy, runner
 
 from fivefold.budget import Budget
-from fivefold.errors import BudgetError, Busy, Infeasible, StoreError, UserError
+from fivefold.errors import BudgetError, Busy, Infeasible, StoreError, TimedOut, UserError
 from fivefold.model import Model
 from fivefold.quantity import Measurement
 from fivefold.recipe import Recipe
@@ -21,6 +21,7 @@ from fivefold.study import events as ev
 from fivefold.study.driver import Phase, Report
 from fivefold.study.feasible import NothingFits
 from fivefold.study.pareto import dominates, point, values_of
+from fivefold.study.picks import picks
 from fivefold.study.policy import Stop, promoted, spent_seconds
 from fivefold.study.study import Study
 from fivefold.study.trial import Outcome, Trial
@@ -35,8 +36,8 @@ def start(model: Model, out: Path, sampler: str, pause: float) -> subprocess.Pop
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def told(trials: list[Trial]) -> list[tuple[int, str, Outcome]]:
-    return [(t.number, t.recipe, t.outcome) for t in trials]
+def told(trials: list[Trial]) -> list[tuple[int, str, Outcome, float | None]]:
+    return [(t.number, t.recipe, t.outcome, t.paired.value("latency")) for t in trials]
 
 
 @pytest.mark.parametrize("sampler", ["fivefold", "random"])
@@ -45,7 +46,8 @@ def test_killed_at_random_moments_it_ends_where_an_undisturbed_one_ends(
 ) -> None:
     whole = told(Study(tmp_path / "whole").run(policy(bare.path, sampler), runner(), {"sampler": sampler}).trials)
     rng, out, kills, known = random.Random(sampler), tmp_path / "0", 0, 0
-    while kills < KILLS // 2:
+    assert any(ratio for *_, ratio in whole), "the last step is part of it"
+    while kills < KILLS:
         child = start(bare, out, sampler, 0.6)
         while child.poll() is None and not Study(out).trials:
             time.sleep(0.02)
@@ -55,7 +57,7 @@ def test_killed_at_random_moments_it_ends_where_an_undisturbed_one_ends(
         child.communicate()
         now = told(Study(out).trials)
         assert len(now) >= known, "a trial on record was lost"
-        assert [recipe for _, recipe, _ in now] == [recipe for _, recipe, _ in whole[: len(now)]]
+        assert [recipe for _, recipe, *_ in now] == [recipe for _, recipe, *_ in whole[: len(now)]]
         known = len(now)
         if now == whole:
             out, known = tmp_path / str(kills), 0
@@ -97,11 +99,15 @@ def test_only_measurements_are_shown(done: Study) -> None:
 
 def test_pick_by_knee_and_by_a_metric(done: Study) -> None:
     assert done.pick() in done.front()
+    recommended = next(p.trial for p in picks(done.trials, done.goal) if "recommended" in p.role)
+    assert done.pick().number == recommended.number != 0
     assert done.pick(by="size").value("size") == min(t.value("size") for t in done.front())  # type: ignore[type-var]
     with pytest.raises(BudgetError, match="knee"):
         done.pick(by="beauty")
     with pytest.raises(BudgetError, match="no trial has a measured carbon"):
         done.pick(by="carbon")
+    with pytest.raises(BudgetError, match=r"no trial has a measured accuracy; .*--task"):
+        done.pick(Budget.parse("accuracy>=0.5"))
 
 
 def test_nothing_fits_names_the_limit_to_relax(done: Study) -> None:
@@ -122,6 +128,8 @@ def test_events_tell_the_whole_story(bare: Model, tmp_path: Path) -> None:
     finished = [e.trial.number for e in seen if isinstance(e, ev.TrialFinished)]
     started = [e.number for e in seen if isinstance(e, ev.TrialStarted)]
     assert set(started) <= set(finished)
+    paired = [t.number for e in seen if isinstance(e, ev.Paired) for t in e.trials]
+    assert paired and sorted(paired) == [t.number for t in Study(tmp_path).trials if len(t.paired)]
     assert [e.front for e in seen if isinstance(e, ev.FrontChanged)]
     spent = [e.time for e in seen if isinstance(e, ev.Spent)]
     assert spent == sorted(spent) and spent[-1] == pytest.approx(spent_seconds(Study(tmp_path).trials))
@@ -137,7 +145,21 @@ def test_the_allowance_is_kept(bare: Model, tmp_path: Path) -> None:
 def test_more_allowance_goes_on(bare: Model, tmp_path: Path) -> None:
     first = told(Study(tmp_path).run(policy(bare.path, "random", 999, 60.0), runner(), {}).trials)
     more = told(Study(tmp_path).run(policy(bare.path, "random", 999, 200.0), runner(), {}).trials)
-    assert len(more) > len(first) and [r for _, r, _ in more[: len(first)]] == [r for _, r, _ in first]
+    assert len(more) > len(first) and [r for _, r, *_ in more[: len(first)]] == [r for _, r, *_ in first]
+
+
+def test_a_last_step_that_fails_keeps_its_sentence_and_is_not_repeated(bare: Model, tmp_path: Path) -> None:
+    class Dying(type(runner())):  # type: ignore[misc]
+        def in_turn(self, *given: object) -> object:
+            raise TimedOut("ran longer than the limit")
+
+    study = Study(tmp_path).run(policy(bare.path, "random", 6), Dying(runner().table), SETTINGS)
+    due = [p.trial for p in picks(study.trials, study.goal)]
+    assert due and all(t.paired.context["outcome"] == "timed out" for t in due)
+    assert all(t.paired.context["sentence"] == "ran longer than the limit" for t in due)
+    assert all(t.outcome is Outcome.MEASURED and t.spent["in turn"] >= 0 for t in due)
+    before = [t.to_json() for t in study.trials]
+    assert [t.to_json() for t in study.run(policy(bare.path, "random", 6), runner(), SETTINGS).trials] == before
 
 
 def test_a_second_process_is_busy(bare: Model, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from scipy.spatial.distance import jensenshannon
 
 from fivefold.errors import DataError, NotFinite
 from fivefold.tasks import choice
-from fivefold.tasks.choice import Answers, ChoiceSet, Item, answer, load, names
+from fivefold.tasks.choice import Answers, ChoiceSet, Item, answer, joined, load, names
 from fivefold.tasks.loyalty import js_distance, loyalty, per_item
 from fivefold.testing.tiny import write_tokenizer
 from fivefold.tokenizer import Tokenizer
@@ -149,3 +149,23 @@ def test_loyalty_of_known_answers() -> None:
     assert loyalty(parent, parent).value("probability_loyalty") == 1
     with pytest.raises(DataError, match="different items"):
         loyalty(parent, Answers("t", "other", parent.probabilities, parent.right))
+
+
+def test_questions_and_answers_survive_a_file(tokenizer: Tokenizer) -> None:
+    items = tuple(Item.of(f"q{i}", ["sea shells", "fox", "a hill"], i % 3) for i in range(6))
+    asked = ChoiceSet("mine", items, by_length=False)
+    again = ChoiceSet.from_json(json.loads(json.dumps(asked.to_json())))
+    assert again == asked and again.digest == asked.digest
+    found = answer(Unigram(tokenizer), tokenizer, asked)
+    read = Answers.from_json(json.loads(json.dumps(found.to_json())))
+    assert (read.name, read.digest) == (found.name, found.digest)
+    assert np.array_equal(read.correct, found.correct) and np.array_equal(read.right, found.right)
+    assert all(np.array_equal(a, b) for a, b in zip(read.probabilities, found.probabilities, strict=True))
+
+
+def test_answers_to_two_sets_are_pooled_item_by_item() -> None:
+    first = Answers("a", "1", (np.array([0.9, 0.1]), np.array([0.2, 0.8])), np.array([0, 0]))
+    second = Answers("b", "2", (np.array([0.1, 0.2, 0.7]),), np.array([2]))
+    both = joined([first, second])
+    assert both.name == "a + b" and both.correct.tolist() == [True, False, True]
+    assert joined([first]) is first and joined([second, first]).digest != both.digest

@@ -23,6 +23,8 @@ from fivefold.study.trial import Outcome, Trial
 
 WIDTH, HEIGHT, RECENT = 64, 12, 6
 SHOWN = ("latency", "memory", "energy", "size", "agreement")
+ALSO = ("accuracy",)
+"""Shown where it was measured."""
 
 
 class LiveStudy:
@@ -50,7 +52,8 @@ class LiveStudy:
         match event:
             case ev.Prepared(objectives=objectives, allowance=allowance):
                 first = next((o for o in objectives if METRICS[o].resource != "quality"), "latency")
-                self.axes, self.allowance = (first, "agreement"), allowance
+                quality = next((o for o in objectives if METRICS[o].resource == "quality"), "agreement")
+                self.axes, self.allowance = (first, quality), allowance
                 from fivefold.display.study import honesty, plan
 
                 honesty(event.machine, self.out)
@@ -68,6 +71,10 @@ class LiveStudy:
                 self.trials[trial.number] = trial
                 if self._live is None:
                     self.out.print(line(trial, self.front))
+            case ev.Paired(trials=paired):
+                for trial in paired:
+                    self.trials[trial.number] = trial
+                    self.out.print(in_turn(trial))
             case ev.FrontChanged(front=front):
                 self.front = tuple(t.number for t in front)
             case ev.Spent(time=spent):
@@ -116,7 +123,7 @@ def line(trial: Trial, front: Sequence[int]) -> Text:
     if trial.outcome is Outcome.MEASURED:
         best = trial.number in front
         values = "  ".join(
-            f"{n} {show(trial.value(n), METRICS[n].unit)}" for n in SHOWN if trial.value(n) is not None
+            f"{n} {show(trial.value(n), METRICS[n].unit)}" for n in (*SHOWN, *ALSO) if trial.value(n) is not None
         )
         return Text.assemble((f"{'●' if best else '·'} {trial.recipe}  ", "green" if best else "dim"), (values, "dim"))
     if trial.outcome is Outcome.SCREENED:
@@ -125,6 +132,14 @@ def line(trial: Trial, front: Sequence[int]) -> Text:
     mark = "~" if trial.outcome is Outcome.PREDICTED else "×"
     style = "dim" if trial.outcome is Outcome.PREDICTED else "red"
     return Text(f"{mark} {trial.recipe}  {trial.outcome}: {trial.sentence}", style=style)
+
+
+def in_turn(trial: Trial) -> Text:
+    """What a trial came to when measured in turn with the parent."""
+    known = {n: trial.paired.value(n) for n in ("latency", "ttft", "energy") if trial.paired.value(n) is not None}
+    values = "  ".join(f"{n} {v:.2g}x" for n, v in known.items())
+    said = values or f"{trial.paired.context['outcome']}: {trial.paired.context['sentence']}"
+    return Text(f"⇄ {trial.recipe}  in turn with the parent  {said}", style="dim" if known else "red")
 
 
 def _front_table(front: Sequence[Trial]) -> Table:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fivefold.metrics import METRICS, RESOURCES, show
+from fivefold.metrics import METRICS, RESOURCES, scale, show
 from fivefold.quantity import Measurement, Quantity
 
 if TYPE_CHECKING:
@@ -36,9 +36,19 @@ def number(quantity: Quantity | None, *, interval: bool = True) -> Text:
         return Text(f"- {quantity.reason}" if quantity and quantity.reason else "-", style="dim")
     text = Text(f"{MARKS[quantity.method]} {show(quantity.value, quantity.unit)}")
     if interval and quantity.low is not None and quantity.high is not None and quantity.high > quantity.low:
-        low, high = (show(x, quantity.unit).split(" ")[0].split("/")[0] for x in (quantity.low, quantity.high))
+        low, high = (_bare(x, quantity.value, quantity.unit) for x in (quantity.low, quantity.high))
         text.append(f" [{low}, {high}]", style="dim")
     return text
+
+
+def _bare(place: float, value: float, unit: str) -> str:
+    """The end of an interval in the unit that `value` is shown in, without the unit."""
+    if unit.startswith("USD"):
+        return show(place, "USD")
+    place /= scale(value, unit)[0]
+    if unit == "fraction":
+        return f"{place:.1f}"
+    return f"{place:,.0f}" if abs(place) >= 1000 else f"{place:.3g}"
 
 
 def machine(profile: Machine) -> None:
@@ -67,6 +77,9 @@ def measurement(measured: Measurement) -> None:
             grid.add_row(Text(resource if i == 0 else "", style="bold"), name, number(measured[name]), label)
     out.print(grid)
     out.print(Text(LEGEND, style="dim"))
+    if tasks := measured.context.get("tasks"):
+        each = ", ".join(f"{name} {show(t['accuracy'], 'fraction')} of {t['items']}" for name, t in tasks.items())
+        out.print(Text(f"accuracy by task: {each}", style="dim"))
     context = {k: v for k, v in measured.context.items() if isinstance(v, str | int | float)}
     out.print(Text(", ".join(f"{k} {v}" for k, v in context.items()), style="dim"))
 

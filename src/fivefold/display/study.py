@@ -12,9 +12,9 @@ from fivefold.display.static import LEGEND, console, number, table
 from fivefold.metrics import METRICS, show
 from fivefold.quantity import Quantity
 from fivefold.study.analysis import change, word
-from fivefold.study.picks import Pick
+from fivefold.study.picks import Pick, ratios_by, tested
 
-COLUMNS = ("decode", "ttft", "memory", "size", "energy", "money", "agreement", "perplexity")
+COLUMNS = ("decode", "ttft", "memory", "size", "energy", "money", "agreement", "perplexity", "accuracy")
 
 
 def honesty(machine: Any, out: Console | None = None) -> None:
@@ -63,7 +63,7 @@ def result(study: Any) -> None:
     trials, parent = study.trials, study.parent
     chosen = picks(trials, study.goal)
     if parent is not None and chosen:
-        _picks(chosen, parent, out)
+        _picks(chosen, parent, str(study.meta.get("apart") or ""), out)
     explained = explain(trials)
     _backfired(explained, out)
     for number_, repaid in explained.paybacks.items():
@@ -91,9 +91,22 @@ def _missed(miss: Any) -> str:
     return ", ".join(f"{limit} by {gap:.0%}" for limit, gap in zip(miss.limits, miss.excess, strict=True))
 
 
-def _picks(chosen: Sequence[Pick], parent: Any, out: Console) -> None:
+def _picks(chosen: Sequence[Pick], parent: Any, apart: str, out: Console) -> None:
     arms = [("parent", parent, {}), *((p.role, p.trial, p.against) for p in chosen)]
     _side_by_side(arms, out)
+    for line in ratio_lines([p.trial for p in chosen], apart):
+        out.print(Text(line, style="dim"))
+
+
+def ratio_lines(trials: Sequence[Any], apart: str = "") -> list[str]:
+    """How the ratios of each trial but the parent were obtained, a line per way. `apart` says why not in turn."""
+    found: dict[str, list[str]] = {}
+    for trial in (t for t in trials if t.recipe != "parent"):
+        found.setdefault(ratios_by(trial, apart), []).append(str(trial.number))
+    return [
+        said.replace(": ", f" of trial{'s' * (len(numbers) > 1)} {', '.join(numbers)}: ", 1)
+        for said, numbers in found.items()
+    ]
 
 
 def _side_by_side(arms: Sequence[tuple[str, Any, Mapping[str, Quantity]]], out: Console) -> None:
@@ -101,16 +114,21 @@ def _side_by_side(arms: Sequence[tuple[str, Any, Mapping[str, Quantity]]], out: 
     grid = table("", *(heading for heading, _, _ in arms))
     grid.add_row("trial", *(str(trial.number) for _, trial, _ in arms))
     grid.add_row("recipe", *(Text(trial.recipe, style="green") for _, trial, _ in arms))
-    for name in COLUMNS:
+    for name in (n for n in COLUMNS if n != "accuracy" or any(n in trial.measurement for _, trial, _ in arms)):
         grid.add_row(name, *(_cell(trial.measurement.get(name), ratios.get(name)) for _, trial, ratios in arms))
     out.print(grid)
     out.print(Text(LEGEND, style="dim"))
+    for trial in {trial.number: trial for _, trial, _ in arms}.values():
+        if said := tested(trial):
+            out.print(Text(said, style="dim"))
 
 
 def _cell(quantity: Quantity | None, ratio: Quantity | None = None) -> Text:
     text = number(quantity)
     if ratio is not None and ratio.value is not None:
         text.append(f"  {ratio.value:.2g}x", style="bold")
+        if ratio.low is not None and ratio.high is not None and ratio.high > ratio.low:
+            text.append(f" [{ratio.low:.2g}, {ratio.high:.2g}]", style="dim")
     return text
 
 
@@ -123,6 +141,9 @@ def pick(picked: Any) -> None:
         if name in picked.trial.measurement:
             grid.add_row(name, number(picked.trial.measurement[name]), number(picked.against.get(name)))
     out.print(grid)
+    for line in (*ratio_lines([picked.trial]), tested(picked.trial)):
+        if line:
+            out.print(Text(line, style="dim"))
     out.print(Text(LEGEND, style="dim"))
 
 

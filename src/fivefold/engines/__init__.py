@@ -2,8 +2,9 @@
 
 An engine knows files and tokens; it knows no technique, no recipe, no meter and no task. A new engine is a module
 here with a function `open(model: Model) -> Session` and the constants `FORMATS` (what it reads: "safetensors",
-"gguf") and `EXTRA` (the optional dependency it needs, or None). The module's name, "_" read as ".", is the
-engine's public name: `llama_cpp.py` -> "llama.cpp", `torch_.py` -> "torch". Files that start with "_" are private.
+"gguf") and `EXTRA` (the optional dependency it needs, or None). The module's name, "__" read as "+" and "_" as ".",
+is the engine's public name: `llama_cpp.py` -> "llama.cpp", `torch_.py` -> "torch". Files that start with "_" are
+private.
 
 Token ids are plain ints of the model's own tokenizer; tokenizing happens outside, once, with `tokenizer.json`, so
 that every engine sees the same tokens and a comparison between engines is a comparison of engines.
@@ -16,13 +17,14 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fivefold.errors import ModelError
 from fivefold.model import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +69,17 @@ class Session(Protocol):
 
 def names() -> list[str]:
     """Public names of the engines in this folder."""
-    found = (m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    return sorted(name.rstrip("_").replace("_", ".") for name in found)
+    return sorted(_public(m.name) for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def _public(module: str) -> str:
+    return module.rstrip("_").replace("__", "+").replace("_", ".")
 
 
 def module(name: str) -> ModuleType:
     """The engine's module, without loading its runtime."""
     for info in pkgutil.iter_modules(__path__):
-        if not info.name.startswith("_") and info.name.rstrip("_").replace("_", ".") == name:
+        if not info.name.startswith("_") and _public(info.name) == name:
             return importlib.import_module(f"{__name__}.{info.name}")
     raise ModelError(f"there is no engine {name!r}; engines: {', '.join(names())}")
 

@@ -10,30 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fivefold.engines._lookup import Lookup
 from fivefold.model import DecodePlan
 
-Row = NDArray[np.float32]
 T = TypeVar("T")
+Row = TypeVar("Row")
+Row_co = TypeVar("Row_co", covariant=True)
 
 
-class Passes(Protocol):
+class Passes(Protocol[Row_co]):
     """One text in an engine's cache."""
 
-    def first(self) -> Sequence[Row]:
+    def first(self) -> Sequence[Row_co]:
         """Prefill the prompt; the one row after it."""
         ...
 
-    def next(self, token: int, draft: list[int], kept: int) -> Sequence[Row]:
+    def next(self, token: int, draft: list[int], kept: int) -> Sequence[Row_co]:
         """Keep the first `kept` tokens of the text in the cache, then decode `token` and `draft`: one row for each."""
         ...
 
 
 def generated(
-    passes: Passes, prompt: Sequence[int], max_tokens: int, plan: DecodePlan, draw: Callable[[Row], int],
+    passes: Passes[Row], prompt: Sequence[int], max_tokens: int, plan: DecodePlan, draw: Callable[[Row], int],
     stop: frozenset[int], alive: Callable[[], bool] = lambda: True,
 ) -> Iterator[int]:
     """Token ids as they are drawn. Raises RuntimeError when the session was used for another call in between."""

@@ -3,6 +3,9 @@
 The wheel `xllamacpp` links all of llama.cpp into its Python extension module, and that file exports the C functions
 of `llama.h` and `ggml.h`. cffi in ABI mode opens it and calls them at full speed, releasing the GIL.
 
+The declarations are compiled into `_llama_ffi.py` (`python -m fivefold.engines._llama_abi` writes it anew, a test
+compares), because parsing them takes a C parser: 5 MB of a process whose weights are 80.
+
 The price of ABI mode: nobody checks the declarations. A struct that gained a field upstream would be passed with
 every later field shifted, silently. Hence the version is pinned in `pyproject.toml`, only what is used is declared,
 and `library` reads back the default-parameter structs, whose values are known (a shifted layout cannot give
@@ -14,10 +17,11 @@ Source: `include/llama.h`, `ggml/include/ggml.h` and `ggml-cpu.h` of llama.cpp (
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections import deque
+from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,7 @@ INSTALL = f"pip install '{PACKAGE}=={PINNED}'"
 FLASH_AUTO, FLASH_OFF, FLASH_ON = -1, 0, 1
 LOAD_COPY, LOAD_MAP = 0, 1
 INTEGER, TEXT = 0, 3
+DONT_NEED = 4
 ERROR_LEVEL, CONTINUED = 4, 5
 
 DECLARATIONS = """
@@ -36,6 +41,7 @@ typedef struct llama_model llama_model;
 typedef struct llama_context llama_context;
 typedef struct llama_vocab llama_vocab;
 typedef struct llama_memory llama_memory;
+typedef struct llama_sampler llama_sampler;
 
 typedef struct {
     int32_t tag;
@@ -105,8 +111,14 @@ llama_memory *llama_get_memory(const llama_context *context);
 void llama_memory_clear(llama_memory *memory, bool data);
 bool llama_memory_seq_rm(llama_memory *memory, int32_t sequence, int32_t first, int32_t end);
 size_t llama_state_seq_get_size(llama_context *context, int32_t sequence);
+size_t llama_state_seq_get_data(llama_context *context, uint8_t *to, size_t size, int32_t sequence);
+size_t llama_state_seq_set_data(llama_context *context, const uint8_t *from, size_t size, int32_t sequence);
 int32_t llama_decode(llama_context *context, llama_batch batch);
 float *llama_get_logits_ith(llama_context *context, int32_t i);
+
+llama_sampler *llama_sampler_init_greedy(void);
+int32_t llama_sampler_sample(llama_sampler *sampler, llama_context *context, int32_t i);
+void llama_sampler_free(llama_sampler *sampler);
 
 typedef void (*to_float)(const void *x, float *y, int64_t k);
 typedef struct {
@@ -117,8 +129,10 @@ typedef struct {
     to_float to_float;
     void *from_float_ref;
 } ggml_type_traits;
+typedef void (*vec_dot)(int n, float *sum, size_t, const void *x, size_t, const void *y, size_t, int count);
 typedef struct {
-    void *from_float, *vec_dot;
+    void *from_float;
+    vec_dot vec_dot;
     int32_t vec_dot_type;
     int64_t nrows;
 } ggml_type_traits_cpu;
@@ -129,6 +143,8 @@ bool ggml_quantize_requires_imatrix(int type);
 void ggml_quantize_init(int type);
 size_t ggml_quantize_chunk(int type, const float *src, void *dst, int64_t start, int64_t rows, int64_t columns,
                            const float *imatrix);
+int malloc_trim(size_t pad);
+int madvise(void *start, size_t length, int advice);
 """
 
 _log: deque[str] = deque(maxlen=8)
@@ -158,15 +174,13 @@ def extension_file() -> Path:
 @cache
 def library() -> tuple[Any, Any]:
     """(ffi, lib): opened once per process, silenced and checked. Raises ModelError if the layout is not ours."""
-    from cffi import FFI
+    from fivefold.engines._llama_ffi import ffi
 
-    ffi = FFI()
-    ffi.cdef(DECLARATIONS)
     file = extension_file()
     try:
         lib = ffi.dlopen(str(file))
         check_layout(ffi, lib)
-    except (OSError, AttributeError) as error:
+    except (OSError, ffi.error) as error:
         raise ModelError(f"{file.name} does not export llama.cpp's C interface ({error}); run: {INSTALL}") from None
 
     def listen(level: int, text: Any, _: Any) -> None:
@@ -180,6 +194,57 @@ def library() -> tuple[Any, Any]:
     lib.llama_log_set(_callbacks[0], ffi.NULL)
     lib.llama_backend_init()
     return ffi, lib
+
+
+def give_back() -> None:
+    """Return to the system what only loading needed; nothing changes but memory.
+
+    Reading a file leaves 8 MB of its vocabulary and of buffers, freed, in the heap. Of the library's own pages 4 MB
+    (symbols, relocations, initialisers) are not used again: those equal to the file are let go, and read from it again
+    when they are needed after all.
+    """
+    ffi, lib = library()
+    with contextlib.suppress(ffi.error):  # only glibc keeps what is freed, and only glibc has this function
+        lib.malloc_trim(0)
+    for first, last in _clean(str(extension_file())):
+        lib.madvise(ffi.cast("void *", first), last - first, DONT_NEED)
+
+
+def _clean(file: str) -> Iterator[tuple[int, int]]:
+    """Mapped address ranges of `file` in which this process has changed no page, where the system tells (Linux)."""
+    smaps = Path("/proc/self/smaps")
+    place: tuple[int, int] | None = None
+    with smaps.open(encoding="utf-8", errors="replace") if smaps.is_file() else contextlib.nullcontext(()) as lines:
+        for line in lines:
+            name, *rest = line.strip().split(maxsplit=5)
+            if not name.endswith(":"):
+                first, last = (int(end, 16) for end in name.split("-"))
+                place = (first, last) if len(rest) == 5 and rest[4] == file else None
+            elif place and name == "Anonymous:" and rest[0] == "0":
+                yield place
+
+
+def installed() -> str:
+    """The version of the wheel. (`importlib.metadata` takes 6 MB, mostly for reading e-mail headers.)"""
+    found = [folder.name for folder in extension_file().parents[1].glob(f"{PACKAGE}-*.dist-info")]
+    return found[0].removeprefix(f"{PACKAGE}-").removesuffix(".dist-info") if found else "unknown"
+
+
+def compiled() -> str:
+    """The text of `_llama_ffi.py`."""
+    import tempfile
+
+    from cffi import FFI
+
+    ffi = FFI()
+    ffi.set_source("fivefold.engines._llama_ffi", None)
+    ffi.cdef(DECLARATIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "ffi.py"
+        ffi.emit_python_code(str(file))
+        code = file.read_text(encoding="utf-8").split("\n", 1)[1]
+    about = "Written by `python -m fivefold.engines._llama_abi` from its DECLARATIONS."
+    return f'"""{about}"""\n# ruff: noqa\n# mypy: ignore-errors\n{code}'
 
 
 def check_layout(ffi: Any, lib: Any) -> None:
@@ -201,6 +266,10 @@ def check_layout(ffi: Any, lib: Any) -> None:
         for field, value in expected.items():
             if getattr(struct, field) != value:
                 raise ModelError(
-                    f"{PACKAGE} {version(PACKAGE)} holds another llama.cpp than this engine was written for ({name}"
+                    f"{PACKAGE} {installed()} holds another llama.cpp than this engine was written for ({name}"
                     f" {field} reads {getattr(struct, field)}, not {value}); run: {INSTALL}"
                 )
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("_llama_ffi.py").write_text(compiled(), encoding="utf-8")

@@ -12,16 +12,17 @@ Source: ggml/src/ggml-quants.c of llama.cpp (MIT).
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from fivefold.engines._llama_abi import library
 from fivefold.errors import NotFinite, RecipeError
+from fivefold.weights import GGML_TYPES
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TYPE_COUNT = 43
 LARGEST_HALF = 65504.0
@@ -48,13 +49,9 @@ class StorageType:
 @cache
 def types() -> dict[str, StorageType]:
     """Every type this engine can multiply with, quantize to and find in a GGUF file; by lower-case name."""
-    from gguf.constants import GGMLQuantizationType
-
     ffi, lib = library()
     found = {}
-    for number in map(int, GGMLQuantizationType):
-        if number >= TYPE_COUNT:
-            continue
+    for number in (n for n in GGML_TYPES if n < TYPE_COUNT):
         traits, cpu = lib.ggml_get_type_traits(number), lib.ggml_get_type_traits_cpu(number)
         if traits.blck_size > 0 and cpu.vec_dot and (traits.to_float or number == 0):
             name = ffi.string(traits.type_name).decode().lower()
@@ -98,6 +95,10 @@ def quantize(
     type cannot hold such rows or needs an importance vector, NotFinite on NaN, infinity or values above 65504 (the
     largest half-precision scale), except for f32 and bf16, which hold them.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
     kind = storage_type(type)
     rows, cols = matrix.shape
     source = np.ascontiguousarray(matrix, np.float32)
@@ -114,8 +115,12 @@ def quantize(
         count = min(step, rows - first)
         return int(lib.ggml_quantize_chunk(kind.number, from_, to, first * cols, count, cols, pointer))
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
-        written = sum(pool.map(chunk, range(0, rows, step)))
+    starts = range(0, rows, step)
+    if min(threads, len(starts)) <= 1:
+        written = sum(map(chunk, starts))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            written = sum(pool.map(chunk, starts))
     if written != out.size:
         raise RecipeError(
             f"llama.cpp cannot quantize to {type} (it wrote {written} of {out.size} bytes); choose another type"
@@ -125,6 +130,8 @@ def quantize(
 
 def dequantize(data: Any, type: str, shape: tuple[int, int]) -> NDArray[np.float32]:
     """Bytes of a (rows, cols) matrix stored as `type` -> float32 (rows, cols)."""
+    import numpy as np
+
     rows, cols = shape
     kind = storage_type(type)
     stored = np.frombuffer(data, np.uint8) if isinstance(data, bytes | memoryview) else np.ascontiguousarray(data)
@@ -141,6 +148,8 @@ def dequantize(data: Any, type: str, shape: tuple[int, int]) -> NDArray[np.float
 
 
 def _check_values(source: NDArray[np.float32], kind: StorageType) -> None:
+    import numpy as np
+
     largest = float(np.abs(source).max(initial=0.0))
     if not np.isfinite(largest):
         raise NotFinite("the matrix holds NaN or infinity and cannot be quantized")
@@ -155,6 +164,8 @@ def _importance(importance: Any, cols: int, kind: StorageType) -> NDArray[np.flo
                 f"{kind.name} exists only with an importance vector; calibrate one, or choose iq3_xxs or larger"
             )
         return None
+    import numpy as np
+
     weights = np.array(importance, np.float64)
     if weights.shape != (cols,) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         raise RecipeError(

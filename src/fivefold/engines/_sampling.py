@@ -13,19 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, TypeAlias
 
 from fivefold.engines import Sampling
 from fivefold.errors import DataError, NotFinite
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fivefold.engines._llama_context import Row
+
+Logits: TypeAlias = "NDArray[np.float32] | Row"
+"""(vocab,), an array or anything like one that can be indexed, made an array and asked for its argmax."""
 
 BLOCK = 256
 ROUGH_FLOOR = 1e-3
 BROKEN = "the model's logits hold NaN or infinity, so they are no distribution; check its weights"
 
 
-def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
+def drawer(sampling: Sampling) -> Callable[[Logits], int]:
     """The function logits (vocab,) -> token id; it keeps the random state. Raises DataError on bad settings.
 
     The function raises NotFinite when the logits hold NaN or infinity.
@@ -37,10 +44,13 @@ def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
         )
     if sampling.temperature == 0:
         return greedy
+    import numpy as np
+
     random = np.random.default_rng(sampling.seed)
     scale = np.float32(1 / sampling.temperature)
 
-    def draw(logits: NDArray[np.float32]) -> int:
+    def draw(row: Logits) -> int:
+        logits: NDArray[np.float32] = np.asarray(row)
         peak = logits.max()
         if not isfinite(peak):
             raise NotFinite(BROKEN)
@@ -54,7 +64,7 @@ def drawer(sampling: Sampling) -> Callable[[NDArray[np.float32]], int]:
     return draw
 
 
-def greedy(logits: NDArray[np.float32]) -> int:
+def greedy(logits: Logits) -> int:
     """The most probable token, the first of equals (argmax stops at a NaN, so one look finds any)."""
     token = int(logits.argmax())
     if not isfinite(logits[token]):
@@ -67,6 +77,8 @@ def _inverse(weights: NDArray[np.float32], uniform: float) -> int:
 
     A cumulative sum of a whole vocabulary takes half a millisecond; this takes a tenth of that.
     """
+    import numpy as np
+
     blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)), dtype=np.float64)
     target = uniform * blocks[-1]
     block = min(int(np.searchsorted(blocks, target, "right")), len(blocks) - 1)
@@ -78,6 +90,8 @@ def _inverse(weights: NDArray[np.float32], uniform: float) -> int:
 
 def _from_nucleus(weights: NDArray[np.float32], top_p: float, uniform: float) -> int:
     """Sorts only the tokens above a floor: a rough one if those weigh enough, else the sure one of the module text."""
+    import numpy as np
+
     needed = top_p * float(weights.sum(dtype=np.float64))
     sure = needed * (1 - top_p) / top_p / len(weights) * 0.999
     for floor in (max(ROUGH_FLOOR, sure), sure):
@@ -96,6 +110,8 @@ def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32], block: in
 
     Raises NotFinite when a logit is NaN or infinite.
     """
+    import numpy as np
+
     for first in range(0, len(logits), block):
         rows, target = logits[first : first + block], out[first : first + block]
         peaks = rows.max(axis=1, keepdims=True)

@@ -17,24 +17,25 @@ Source: llama.cpp (MIT), https://github.com/ggml-org/llama.cpp, in the wheel of 
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from fivefold.engines import Sampling
 from fivefold.engines import _llama_abi as abi
 from fivefold.engines._drafting import generated, groups
-from fivefold.engines._llama_context import Context, Logits
+from fivefold.engines._llama_context import Context, Logits, Tokens
 from fivefold.engines._quantize import row_bytes, storage_type
 from fivefold.engines._sampling import drawer, greedy, log_softmax
 from fivefold.errors import DataError, ModelError
 from fivefold.model import Model
 from fivefold.weights import GGUFHeader, gguf_header
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 FORMATS = ("gguf",)
 EXTRA = None
@@ -69,6 +70,9 @@ resident (190 MB against 150 MB for a file of 82 MB), so such a file is read ins
 class LlamaSession:
     """See `engines.Session`. Closing frees the weights; a closed session cannot be used again."""
 
+    flash: int | None = None
+    """Flash attention: one of `abi.FLASH_*`, or None for `flash_attention`'s choice."""
+
     def __init__(self, model: Model) -> None:
         self._ffi, self._lib = abi.library()
         self.header = gguf_header(model.path)
@@ -78,7 +82,9 @@ class LlamaSession:
         self.vocab = _vocabulary(self.header)
         self._context: Context | None = None
         self._turn = 0
+        abi.give_back()  # what the process freed before must not stand beside the weights (a server's tokenizer: 25 MB)
         self._model = self._load(model.path)
+        abi.give_back()
 
     def _load(self, path: Path) -> Any:
         ffi, lib = self._ffi, self._lib
@@ -102,26 +108,37 @@ class LlamaSession:
         return handle
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        import numpy as np
+
         ids = self._checked(tokens, len(tokens))
         context = self._fitting(len(ids), outputs=SCORED)
         out = np.empty((len(ids), self.vocab), np.float32)
-        for first in range(0, len(ids), SCORED):
+        self._score_from(0, ids, context, out)
+        return out
+
+    def _score_from(self, start: int, ids: Tokens, context: Context, out: NDArray[np.float32]) -> None:
+        """Fill the rows of `out` from `start` on; the cache of `context` holds what is before."""
+        for first in range(start, len(ids), SCORED):
             part = ids[first : first + SCORED]
             context.decode(part, first, every=True)
             log_softmax(context.rows(len(part)), out[first : first + len(part)])
-        return out
+
+    def _prefill(self, context: Context, prompt: Tokens, sequence: int = 0) -> Logits:
+        """Read a prompt into the empty sequence; the logits after its last token."""
+        return context.prefill(prompt, sequence)
 
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
         return self._draw(ids, max_tokens, drawer(sampling), sampling.stop)
 
     def _draw(
-        self, prompt: NDArray[np.int32], max_tokens: int, draw: Callable[[Logits], int], stop: frozenset[int]
+        self, prompt: Tokens, max_tokens: int, draw: Callable[[Logits], int], stop: frozenset[int]
     ) -> Iterator[int]:
         context = self._fitting(len(prompt) + max_tokens, outputs=1 + self.decode.lookup_tokens)
         turn = self._turn
         yield from generated(
-            _Text(context, prompt), prompt.tolist(), max_tokens, self.decode, draw, stop, lambda: turn == self._turn
+            _Text(context, prompt, self._prefill), prompt.tolist(), max_tokens, self.decode, draw, stop,
+            lambda: turn == self._turn,
         )
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -132,9 +149,9 @@ class LlamaSession:
         width = self.run.batch if self.run.batch > 1 else MOST_SEQUENCES
         return [text for group in groups(ids, width) for text in self._together(group, max_tokens)]
 
-    def _together(self, prompts: Sequence[NDArray[np.int32]], max_tokens: int) -> list[list[int]]:
+    def _together(self, prompts: Sequence[Tokens], max_tokens: int) -> list[list[int]]:
         context = self._fitting(max(map(len, prompts)) + max_tokens, sequences=len(prompts), outputs=len(prompts))
-        texts = [[greedy(context.prefill(prompt, i))] for i, prompt in enumerate(prompts)]
+        texts = [[greedy(self._prefill(context, prompt, i))] for i, prompt in enumerate(prompts)]
         for step in range(max_tokens - 1):
             places = [len(prompt) + step for prompt in prompts]
             for text, row in zip(texts, context.abreast([text[-1] for text in texts], places), strict=True):
@@ -146,7 +163,7 @@ class LlamaSession:
         mix, cache_width = self._mix(), self.blueprint.kv_heads * self.blueprint.head_dim
         return {
             "engine": "llama.cpp",
-            "version": f"{abi.PACKAGE} {version(abi.PACKAGE)}",
+            "version": f"{abi.PACKAGE} {abi.installed()}",
             "threads": self.threads,
             "dtype": mix.most_common(1)[0][0],
             "tensor_types": dict(Counter(t.type.lower() for t in self.header.tensors)),
@@ -173,11 +190,14 @@ class LlamaSession:
             self._ffi.release(self._model)
             self._model = None
 
-    def _checked(self, tokens: Sequence[int], length: int) -> NDArray[np.int32]:
+    def _checked(self, tokens: Sequence[int], length: int) -> Tokens:
         if self._model is None:
             raise RuntimeError("this session is closed; open the model again")
-        ids = np.asarray(tokens, np.int64)
-        if ids.ndim != 1 or not ids.size or ids.min() < 0 or ids.max() >= self.vocab:
+        try:
+            ids = array("i", list(tokens))
+        except (TypeError, OverflowError):
+            ids = array("i")
+        if not ids or min(ids) < 0 or max(ids) >= self.vocab:
             raise DataError(
                 f"a prompt must be one or more token ids from 0 to {self.vocab - 1}; tokenize the text again"
             )
@@ -186,7 +206,7 @@ class LlamaSession:
                 f"{length} tokens do not fit the context of {self.run.context};"
                 " shorten the text or raise the context of the run plan"
             )
-        return ids.astype(np.int32)
+        return ids
 
     def _fitting(self, tokens: int, *, sequences: int = 1, outputs: int = 1) -> Context:
         """An empty context for `sequences` texts of `tokens`: the present one if it is large enough, else a new one."""
@@ -201,7 +221,7 @@ class LlamaSession:
             self._context = None
         self._context = Context(
             self._model, self.vocab, length=length, sequences=sequences, outputs=outputs, threads=self.threads,
-            cache_type=self.cache_type,
+            cache_type=self.cache_type, flash=self.flash,
         )
         return self._context
 
@@ -217,11 +237,13 @@ def _vocabulary(header: GGUFHeader) -> int:
 class _Text:
     """`_drafting.Passes` over a context."""
 
-    def __init__(self, context: Context, prompt: NDArray[np.int32]) -> None:
-        self.context, self.prompt, self.filled = context, prompt, len(prompt)
+    def __init__(
+        self, context: Context, prompt: Tokens, prefill: Callable[[Context, Tokens], Logits]
+    ) -> None:
+        self.context, self.prompt, self.prefill, self.filled = context, prompt, prefill, len(prompt)
 
     def first(self) -> Sequence[Logits]:
-        return (self.context.prefill(self.prompt),)
+        return (self.prefill(self.context, self.prompt),)
 
     def next(self, token: int, draft: list[int], kept: int) -> Sequence[Logits]:
         if kept < self.filled:

@@ -12,11 +12,15 @@ them was disturbed is repeated for all. While one works, the others wait in a re
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,8 @@ from fivefold.meters.worker import job_to_json
 from fivefold.model import Model
 from fivefold.quantity import Measurement, Quantity
 
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 COMMAND = [sys.executable, "-m", "fivefold.meters.worker"]
 
 
@@ -78,9 +84,12 @@ class Interleaved:
                  trace: TracebackType | None) -> None:
         self.close()
 
-    def run(self, rounds: int = 5) -> list[Measurement]:
-        """Measurements in the order of the jobs; the workers end."""
+    def run(self, rounds: int = 5, patience: float = math.inf) -> list[Measurement]:
+        """Measurements in the order of the jobs; the workers end. After `patience` seconds no third round is begun."""
+        least, end = min(2, rounds), time.monotonic() + patience
         while len(self.rounds) < 2 * rounds and sum(not _disturbed(r) for r in self.rounds) < rounds:
+            if len(self.rounds) >= least and time.monotonic() > end:
+                break
             self.rounds.append(self._round(backwards=len(self.rounds) % 2 == 1))
         self.kept = keep(self.rounds, rounds)
         return [
@@ -119,7 +128,7 @@ class _Worker:
         self._errors = job.with_suffix(".log").open("w+b")
         self._process = subprocess.Popen(
             [*command, str(job)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=self._errors,
+            stdout=subprocess.PIPE, stderr=self._errors, preexec_fn=with_parent if _LIBC else None,
         )
 
     def ask(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -163,6 +172,12 @@ class _Worker:
         self._errors.seek(0)
         last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["nothing was printed"]
         return errors.Crashed(f"{self._label}: the measuring process ended with code {code} ({last[0][:200]})")
+
+
+def with_parent() -> None:
+    """In a child, before its program starts: die when the parent dies (Linux; elsewhere nothing)."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _readable(stream: Any, timeout: float) -> bool:

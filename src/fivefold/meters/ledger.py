@@ -11,13 +11,13 @@ per resource that both ledgers share (time, energy, money). It is missing, with 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-import psutil
 
 from fivefold.machine import Machine
 from fivefold.meters import money
@@ -166,11 +166,21 @@ def _since(before: int | None, after: int | None, why: str) -> Quantity:
 
 def _written() -> int | None:
     """Bytes this process has handed to disks so far."""
-    process = psutil.Process()
-    return int(process.io_counters().write_bytes) if hasattr(process, "io_counters") else None
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("write_bytes")), None)
 
 
 def _network() -> int | None:
-    counters = psutil.net_io_counters(pernic=True)
-    wires = [c for name, c in counters.items() if not name.startswith(("lo", "ifb", "docker", "veth", "br-"))]
-    return sum(c.bytes_sent + c.bytes_recv for c in wires) if wires else None
+    """Bytes sent and received by all real interfaces so far."""
+    if sys.platform == "linux":  # psutil reads the same, and is 4 MB in a process whose memory is measured
+        rows = [line.split(":") for line in Path("/proc/net/dev").read_text().splitlines()[2:]]
+        both = {name.strip(): int(c[0]) + int(c[8]) for name, text in rows if (c := text.split())}
+    else:
+        import psutil
+
+        both = {name: c.bytes_sent + c.bytes_recv for name, c in psutil.net_io_counters(pernic=True).items()}
+    wires = [n for name, n in both.items() if not name.startswith(("lo", "ifb", "docker", "veth", "br-"))]
+    return sum(wires) if wires else None

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-import psutil
-
 from fivefold.model import Model
 from fivefold.quantity import Quantity
 
@@ -49,7 +47,7 @@ class PeakMemory:
                 outer._noted = max(outer._noted, before)
             self._open.append(self)
         else:
-            self._sampled = psutil.Process().memory_info().rss
+            self._sampled = _resident()
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
         if (torch := _torch_with_cuda()) is not None:
@@ -67,7 +65,7 @@ class PeakMemory:
         self._closed.set()
         if self._thread:
             self._thread.join()
-            self._sampled = max(self._sampled, psutil.Process().memory_info().rss)
+            self._sampled = max(self._sampled, _resident())
             self.peak = Quantity(value=self._sampled, unit="byte", method="measured",
                                  reason=f"largest of samples every {SAMPLE_SECONDS:g} s")
         else:
@@ -80,9 +78,8 @@ class PeakMemory:
         )
 
     def _sample(self) -> None:
-        process = psutil.Process()
         while not self._closed.wait(SAMPLE_SECONDS):
-            self._sampled = max(self._sampled, process.memory_info().rss)
+            self._sampled = max(self._sampled, _resident())
 
 
 def weight_bytes(model: Model) -> Quantity:
@@ -115,6 +112,13 @@ def _high_water() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def _resident() -> int:
+    """Resident bytes of this process now."""
+    import psutil  # only where the kernel keeps no mark: it is 4 MB of the process that is measured
+
+    return int(psutil.Process().memory_info().rss)
 
 
 def _reset_high_water() -> bool:

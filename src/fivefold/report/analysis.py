@@ -8,7 +8,8 @@ the metric's own unit where that is a fraction or nats. A "role" may hold severa
       "parent": 0,                     number of the trial everything is compared with
       "front": [3, 7, 9],              trials within the budget that nothing dominates
       "infeasible": "nothing meets ...",                       one sentence, when nothing meets the budget
-      "picks": [{"role": "smallest", "number": 7, "why": "...", "against_parent": {"size": Q in "x", ...}}],
+      "picks": [{"role": "smallest", "number": 7, "why": "...", "against_parent": {"size": Q in "x", ...},
+                 "ratios": "how they were obtained", "tested": "accuracy against the parent's, or empty"}],
       "effects": [{"technique": "gguf", "metric": "latency", "change": Q}],
       "interactions": [{"a": "gguf", "b": "threads", "metric": "latency", "apart": Q, "together": Q,
                         "verdict": "better together"}],

@@ -21,7 +21,7 @@ from fivefold.report import analysis as parts
 from fivefold.study.trial import Outcome, Trial
 
 MARKS = {"measured": "●", "counted": "=", "modelled": "~"}
-PHASES = ("build", "screen", "measure", "quality", "overhead")
+PHASES = ("build", "screen", "measure", "quality", "in turn", "overhead")
 HASHES = ("model", "machine", "search space")
 """Settings that identify the study exactly; a reader wants them at the end."""
 AXES = {
@@ -166,7 +166,7 @@ def contexts(measured: Iterable[Trial]) -> list[list[str]]:
         for c in taken if (e := c.get("engine"))
     )
     rows = [["engine", ", ".join(f"{name}: {n} trials" for name, n in engines.most_common())]] if engines else []
-    for key in ("workload", "requests", "batch", "rounds", "tokens", "country", "prices"):
+    for key in ("task", "workload", "requests", "batch", "rounds", "tokens", "country", "prices"):
         found = Counter(str(c[key]) for c in taken if key in c)
         if found:
             rows.append([key, ", ".join(v for v, _ in found.most_common(4))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-CORE = ("size", "memory", "latency", "ttft", "decode", "energy", "money", "agreement", "kl")
+CORE = ("size", "memory", "latency", "ttft", "decode", "energy", "money", "agreement", "kl", "accuracy")
 
 
 def markdown(data: Mapping[str, Any]) -> str:
@@ -43,6 +43,13 @@ def quantity(cell: Mapping[str, Any] | None, marks: Mapping[str, str]) -> str:
     return f"{marks[cell['m']]} {cell['t']} {cell.get('u', '')}".rstrip() + interval
 
 
+def times(ratio: Mapping[str, Any] | None) -> str:
+    """A ratio to the parent behind a number: ", 5.9× [5.7 to 6.1]"."""
+    if not isinstance(ratio, Mapping) or "v" not in ratio:
+        return ""
+    return f", {ratio['t']}×" + (f" [{ratio['i']}]" if "i" in ratio else "")
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
@@ -67,11 +74,18 @@ def _picks(data: Mapping[str, Any]) -> str:
     names = [n for n in CORE if n in data["metrics"]]
     chosen = [("parent", data["parent"]), *((str(p["role"]), p["number"]) for p in data["picks"]["rows"])]
     known = [(role, trials[number]) for role, number in chosen if number in trials]
+    ratios = {p["number"]: p.get("against_parent") or {} for p in data["picks"]["rows"]}
     rows = [
-        [data["metrics"][n]["label"], *(quantity(t["values"].get(n), data["marks"]) for _, t in known)] for n in names
+        [data["metrics"][n]["label"], *(
+            quantity(t["values"].get(n), data["marks"]) + times(ratios.get(t["number"], {}).get(n)) for _, t in known
+        )] for n in names
     ]
     recipes = "\n".join(f"- {text(role)}: trial {t['number']}, {code(t['recipe'])}" for role, t in known)
-    return f"{lead}{recipes}\n\n" + table(["", *(text(role) for role, _ in known)], rows)
+    how = "\n".join(
+        f"- trial {p['number']}, {text('; '.join(filter(None, (p['ratios'], p.get('tested')))))}"
+        for p in data["picks"]["rows"] if p.get("ratios")
+    )
+    return f"{lead}{recipes}\n\n" + table(["", *(text(role) for role, _ in known)], rows) + (how and f"\n\n{how}")
 
 
 def _trials(data: Mapping[str, Any]) -> str:

@@ -73,6 +73,7 @@ def embedded(data: Mapping[str, Any]) -> str:
 def table(trials: Sequence[Trial]) -> str:
     """One row per trial in base units; a number's column is followed by its interval, samples and method."""
     names = [name for name in METRICS if any(name in t.measurement for t in trials)]
+    paired = [name for name in METRICS if any(name in t.paired for t in trials)]
     made = sorted({key for t in trials for key in t.made})
     spent = sorted({key for t in trials for key in t.spent})
     out = io.StringIO()
@@ -81,6 +82,7 @@ def table(trials: Sequence[Trial]) -> str:
     writer.writerow([
         "number", "recipe", "outcome", "sentence", "coverage", "artifact", "at",
         *(f"{name} [{METRICS[name].unit}]{side}".strip() for name in names for side in sides),
+        *(f"in turn {name} [x]{side}".strip() for name in paired for side in ("", " low", " high", " n")),
         *(f"made {key}" for key in made), *(f"spent {key}" for key in spent),
     ])
     for t in trials:
@@ -88,6 +90,9 @@ def table(trials: Sequence[Trial]) -> str:
         for name in names:
             q = t.measurement.get(name)
             row += ["", "", "", "", "", ""] if q is None else [q.value, q.low, q.high, q.n, q.method, q.reason]
+        for name in paired:
+            q = t.paired.get(name)
+            row += ["", "", "", ""] if q is None else [q.value, q.low, q.high, q.n]
         row += [t.made[key].value if key in t.made else None for key in made]
         row += [t.spent.get(key) for key in spent]
         writer.writerow([inert(value) for value in row])

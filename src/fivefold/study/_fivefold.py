@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.recipe import Recipe
-from fivefold.study.pareto import Goal, Point, Values, coordinate, point, ranks
+from fivefold.study.pareto import ON_TASKS, Goal, Point, Values, coordinate, point, ranks
 from fivefold.study.predictor import Forecast, Predictor
 from fivefold.study.sampler import SearchSpace, parts_of, seen
 from fivefold.study.trial import Outcome, Trial, estimate
@@ -92,14 +92,14 @@ class Fivefold:
         """The best few trials by rank under constraint domination, built ones only."""
         known = [
             (p, t) for t in history if t.outcome in (Outcome.MEASURED, Outcome.SCREENED)
-            and (p := point(estimate(t), self.goal.objectives)) is not None
+            and (p := point(estimate(t), self.goal.of_screen().objectives)) is not None
         ]
         layers = ranks([p for p, _ in known], [self._excess(estimate(t), parent) for _, t in known])
         order = sorted(range(len(known)), key=lambda i: (layers[i], -known[i][1].number))
         return [known[i][1] for i in order[:BEST]]
 
     def _excess(self, values: Values, parent: Values) -> float:
-        excess = self.goal.budget.excess(values, parent)
+        excess = self.goal.of_screen().budget.excess(values, parent)
         return excess if math.isfinite(excess) else 10.0
 
     def _scores(
@@ -143,8 +143,8 @@ class Fivefold:
 
         def prior(recipe: Recipe) -> float:
             guess = forecast.predict(recipe).value(metric) if forecast else None
-            if guess is None and self.predictor and metric in QUALITY:
-                guess = quality_prior(metric, self.predictor.bits_per_weight(recipe))
+            if guess is None and self.predictor and metric in (*QUALITY, *ON_TASKS):
+                guess = quality_prior(metric, self.predictor.bits_per_weight(recipe), base)
             return start if guess is None else coordinate(metric, guess)
 
         data = []
@@ -172,13 +172,16 @@ class Fivefold:
         return [math.exp(middle + float(x)) for x in mean]
 
 
-def quality_prior(metric: str, bits: float) -> float:
+def quality_prior(metric: str, bits: float, parent: float | None = None) -> float | None:
     """What storing the weights in that many bits on average does to agreement (or KL), before any trial.
 
     Each 1.8 bits halve the share of changed answers and each 0.9 bits the KL; the level is that of block formats on
-    SmolLM2-135M (docs/benchmarks.md). The trials correct it; pruning and repair it does not see.
+    SmolLM2-135M (docs/benchmarks.md). Choosing among a few answers is easier than among all tokens: of the share of
+    changed tokens a task's score is taken to lose a quarter. The trials correct it; pruning and repair it does not see.
     """
-    changed = 0.2 * 2.0 ** (-(bits - 5.1) / 1.8)
+    changed = min(1.0, 0.2 * 2.0 ** (-(bits - 5.1) / 1.8))
+    if metric in ON_TASKS:
+        return None if parent is None else parent * (1.0 - changed / 4)
     return 1.0 - min(1.0, changed) if metric == "agreement" else 0.14 * 2.0 ** (-(bits - 5.1) / 0.9)
 
 

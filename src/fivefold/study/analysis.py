@@ -14,14 +14,15 @@ from fivefold.quantity import Quantity
 from fivefold.study.explain import Effect, Explanation, explain
 from fivefold.study.feasible import infeasible
 from fivefold.study.pareto import Goal, front, values_of
-from fivefold.study.picks import picks
+from fivefold.study.picks import picks, ratios_by, tested
 from fivefold.study.trial import Outcome, Trial
 
 LEAST = 0.02
 """An interaction smaller than this (2 % or 0.02) with no interval is not called good or bad."""
 
 
-def analysis(trials: Sequence[Trial], goal: Goal) -> dict[str, Any]:
+def analysis(trials: Sequence[Trial], goal: Goal, apart: str = "") -> dict[str, Any]:
+    """`apart` says why the picks were not measured in turn with the parent, or is ""."""
     parent = next((t for t in trials if t.recipe == "parent" and t.outcome is Outcome.MEASURED), None)
     values = values_of(parent) if parent else {}
     found = front(trials, goal, values)
@@ -29,7 +30,8 @@ def analysis(trials: Sequence[Trial], goal: Goal) -> dict[str, Any]:
     out: dict[str, Any] = {
         "parent": parent.number if parent else None, "front": [t.number for t in found],
         "picks": [
-            {"role": p.role, "number": p.trial.number, "why": p.why,
+            {"role": p.role, "number": p.trial.number, "why": p.why, "ratios": ratios_by(p.trial, apart),
+             "tested": tested(p.trial),
              "against_parent": {n: q.to_json() for n, q in p.against.items()}}
             for p in picks(trials, goal)
         ],

@@ -3,7 +3,8 @@
 Two recipes that begin alike share that beginning: after each building technique the model so far is kept in
 `steps/<key>/`, its description in `model.json` (written last: a step without it was interrupted and is made again).
 The key is the full SHA-256 of everything that decides the result: the parent's content, each technique with its
-parameters and the source of its file, the code they share, calibration data, library versions and the seed.
+parameters, the source of its file and its further inputs (`Technique.inputs`: a table measured on this machine, say),
+the code they share, calibration data, library versions and the seed.
 
 Each step is metered while it is made, and keeps its cost: the cost to make an artifact is the sum over its steps and
 the export, whether they were re-used or not. When the steps exceed their quota, those used longest ago go first.
@@ -82,7 +83,11 @@ class Builder:
             "data": sha256(parent.calibration) if parent.calibration else "bundled",
         }
         techniques = recipe.build.techniques
-        spelled = [(str(t), source_hash(type(t))) for t in techniques]
+        spelled, planned = [], parent
+        for technique in techniques:
+            inputs = technique.inputs(planned)
+            spelled.append((str(technique), source_hash(type(technique)), *([inputs] if inputs else [])))
+            planned = technique.plan(planned).without(*technique.breaks)
         return [key({**base, "steps": spelled[: i + 1]}) for i in range(len(techniques))]
 
     def _chain(

@@ -10,7 +10,6 @@ the driver itself is stopped, the group is killed; a driver that is killed outri
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,17 +28,19 @@ from fivefold import errors
 from fivefold.errors import Crashed, OutOfMemory, TimedOut
 from fivefold.files import sweep, write_text
 from fivefold.machine import Machine, usable_ram
+from fivefold.meters.interleaved import with_parent
 from fivefold.model import Model, model_to_json
 from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe
+from fivefold.study import quality
+from fivefold.study.in_turn import Turn
+from fivefold.study.trial import Trial
+from fivefold.tasks.choice import ChoiceSet
 
 POLL = 0.1
 FAMILY_EVERY = 5
 LIMIT_SECONDS = 1800.0
 SCREEN_TOKENS, FULL_TOKENS, WINDOW = 384, 2048, 512
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
 
 _NONE = Measurement({})
 
@@ -62,18 +63,27 @@ Phase = Callable[[str], None]
 class Runner(Protocol):
     """Runs the phases of trials. Raises TrialFailure or UserError; an attribute `spent` may carry what it cost."""
 
-    def prepare(self) -> None:
-        """What is needed once before the first trial; called again after a kill."""
+    def prepare(self) -> Mapping[str, float]:
+        """What is needed once before the first trial, its seconds by phase; called again after a kill."""
         ...
 
     def build(self, recipe: Recipe, number: int, phase: Phase) -> Report: ...
 
     def measure(self, recipe: Recipe, number: int, artifact: str | None, phase: Phase) -> Report: ...
 
+    def in_turn(
+        self, parent: Trial, trials: Sequence[Trial], turn: Turn, patience: float, phase: Phase
+    ) -> tuple[Mapping[int, Measurement], Mapping[str, float]]:
+        """(number -> ratios to the parent, what it cost). `patience` in seconds: then no third round is begun."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """The real runner. `memory` is a cap in bytes, `seconds` a limit per phase, `quota` bytes for artifacts."""
+    """The real runner. `memory` is a cap in bytes, `seconds` a limit per phase, `quota` bytes for artifacts.
+
+    `questions` are the tasks by which trials are judged beside fidelity.
+    """
 
     folder: Path
     model: Model
@@ -88,15 +98,18 @@ class Processes:
     memory: int | None = None
     seconds: float = LIMIT_SECONDS
     quota: int | None = None
+    questions: Sequence[ChoiceSet] = ()
 
-    def prepare(self) -> None:
+    def prepare(self) -> Mapping[str, float]:
         for folder in (self.folder, self.folder / "jobs"):
             sweep(folder)
-        if not all((self.folder / f"reference-{size}.npz").is_file() for size in ("screen", "full")):
-            windows = {
-                "screen": self.windows("screen", SCREEN_TOKENS), "full": self.windows("evaluation", FULL_TOKENS)
-            }
-            self._run({"do": "reference", "windows": windows}, "reference", lambda _: None)
+        needed = [f"reference-{size}.npz" for size in ("screen", "full")] + [quality.ANSWERS] * bool(self.questions)
+        if all((self.folder / name).is_file() for name in needed):
+            return {}
+        quality.keep(self.folder, self.questions)
+        windows = {"screen": self.windows("screen", SCREEN_TOKENS), "full": self.windows("evaluation", FULL_TOKENS)}
+        spent = self._run({"do": "reference", "windows": windows}, "reference", lambda _: None)["spent"]
+        return {name: spent[name] for name in ("reference", "quality") if name in spent}
 
     def build(self, recipe: Recipe, number: int, phase: Phase) -> Report:
         if not recipe.techniques:
@@ -110,7 +123,19 @@ class Processes:
         }
         return _report(self._run(job, f"trial-{number}-measure", phase))
 
-    def _run(self, job: Mapping[str, Any], name: str, phase: Phase) -> dict[str, Any]:
+    def in_turn(
+        self, parent: Trial, trials: Sequence[Trial], turn: Turn, patience: float, phase: Phase
+    ) -> tuple[Mapping[int, Measurement], Mapping[str, float]]:
+        room = min(usable_ram(), (self.memory or usable_ram()) * (1 + len(trials)))
+        job = {
+            "do": "in turn", "requests": turn.requests, "rounds": turn.rounds, "patience": patience, "room": room,
+            "arms": [{"number": t.number, "recipe": t.recipe, "artifact": t.artifact} for t in trials],
+            "sizes": {str(t.number): t.value("memory") for t in (parent, *trials)},
+        }
+        done = self._run(job, "in-turn", phase, room)
+        return {int(n): Measurement.from_json(m) for n, m in done["paired"].items()}, done["spent"]
+
+    def _run(self, job: Mapping[str, Any], name: str, phase: Phase, memory: int | None = None) -> dict[str, Any]:
         from fivefold.meters.worker import PlainWorkload
 
         jobs = self.folder / "jobs"
@@ -124,7 +149,7 @@ class Processes:
         result.unlink(missing_ok=True)
         write_text(jobs / f"{name}.json", json.dumps(whole))
         command = [sys.executable, "-m", "fivefold.study.worker", str(jobs / f"{name}.json")]
-        cap = self.memory or usable_ram()
+        cap = memory or self.memory or usable_ram()
         watched(command, jobs / f"{name}.log", progress, phase, memory=cap, seconds=self.seconds)
         return answer(result, jobs / f"{name}.log")
 
@@ -141,7 +166,7 @@ def watched(
     start, shown, looks = time.monotonic(), "", 0
     with log.open("wb") as out:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, preexec_fn=_with_parent
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, preexec_fn=with_parent
         )
         try:
             while True:
@@ -213,9 +238,3 @@ def _report(data: Mapping[str, Any]) -> Report:
         made={name: Quantity.from_json(q) for name, q in data.get("made", {}).items()}, spent=data["spent"],
         coverage=tuple(data.get("coverage", ())), artifact=data.get("artifact"),
     )
-
-
-def _with_parent() -> None:
-    """In the child, before its program starts: die when the driver dies (Linux; elsewhere nothing)."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

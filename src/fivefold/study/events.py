@@ -29,7 +29,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class TrialStarted:
-    """`rung` is "build" (and screen) or "measure" (and quality); `expected` is in seconds."""
+    """`rung` is "build" (and screen) or "measure" (and quality) or "in turn"; `expected` is in seconds."""
 
     number: int
     recipe: str
@@ -46,6 +46,13 @@ class PhaseStarted:
 @dataclass(frozen=True, slots=True)
 class TrialFinished:
     trial: Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """These trials were measured in turn with the parent, or the sentence why not is in their `paired`."""
+
+    trials: tuple[Trial, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,5 +77,5 @@ class Ended:
     why: str
 
 
-Event = Prepared | Started | TrialStarted | PhaseStarted | TrialFinished | FrontChanged | Spent | Ended
+Event = Prepared | Started | TrialStarted | PhaseStarted | TrialFinished | Paired | FrontChanged | Spent | Ended
 Watcher = Callable[[Event], None]

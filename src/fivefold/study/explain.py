@@ -38,7 +38,7 @@ RESAMPLES = 400
 RIDGE = 1e-3
 SIGN_OF = {"compute": "latency", "memory": "memory", "energy": "energy", "money": "money", "network": "network"}
 """The metric by which a resource is judged."""
-SHOWN = ("latency", "ttft", "memory", "size", "energy", "money", "network", "agreement", "kl")
+SHOWN = ("latency", "ttft", "memory", "size", "energy", "money", "network", "agreement", "kl", "accuracy")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

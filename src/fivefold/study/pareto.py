@@ -23,6 +23,8 @@ from fivefold.study.trial import Outcome, Trial
 Point = tuple[float, ...]
 Values = Mapping[str, float | None]
 _LINEAR = ("fraction", "nat/token")
+ON_TASKS = ("accuracy", "label_loyalty", "probability_loyalty")
+"""Metrics that exist only where a task was named, and only once a trial was measured in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,12 @@ class Goal:
     def metrics(self) -> tuple[str, ...]:
         """Objectives and limited metrics, each once."""
         return tuple(dict.fromkeys((*self.objectives, *(limit.metric for limit in self.budget))))
+
+    def of_screen(self) -> Goal:
+        """The goal by what a screen knows. It answers no task: the KL divergence stands in for a task's metric among
+        the objectives, and limits on such metrics wait for the measurement."""
+        objectives = tuple(dict.fromkeys("kl" if name in ON_TASKS else name for name in self.objectives))
+        return Goal(objectives, Budget(tuple(limit for limit in self.budget if limit.metric not in ON_TASKS)))
 
 
 def coordinate(metric: str, value: float) -> float:

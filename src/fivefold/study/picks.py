@@ -4,8 +4,9 @@
     greenest    least energy per token
     safest      most agreement with the parent, among trials no worse than it on every objective
 
-All three lie within the budget. `recommended` is the knee of the front (`pareto.knee`). Ratios carry the widest
-interval their two measurements allow.
+All three lie within the budget. `recommended` is the knee of the front (`pareto.knee`). A trial that was measured in
+turn with the parent (`in_turn`) shows those ratios; others show the quotient of two separate measurements with the
+widest interval these allow. Peak memory and bytes on disk do not drift and are always quotients.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fivefold.quantity import Quantity
 from fivefold.study.pareto import Goal, coordinate, front, knee, values_of
 from fivefold.study.trial import Trial
 
-AGAINST = ("decode", "ttft", "memory", "size", "energy", "money")
+AGAINST = ("latency", "decode", "ttft", "prefill", "memory", "size", "energy", "money")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +61,39 @@ def picks(trials: Sequence[Trial], goal: Goal) -> list[Pick]:
 
 
 def against(trial: Trial, parent: Trial) -> dict[str, Quantity]:
-    """metric -> trial / parent, for the metrics both have."""
-    found = {}
-    for name in AGAINST:
-        a, b = trial.measurement.get(name), parent.measurement.get(name)
-        if a is None or b is None or a.value is None or not b.value:
-            continue
-        low = a.low / b.high if a.low is not None and b.high else None
-        high = a.high / b.low if a.high is not None and b.low else None
-        found[name] = Quantity(value=a.value / b.value, unit="x", method=a.method, n=min(a.n, b.n), low=low, high=high)
-    return found
+    """metric -> trial / parent, for the metrics both have: in turn where that was measured."""
+    apart = {name: quotient(trial.measurement.get(name), parent.measurement.get(name)) for name in AGAINST}
+    found = {name: trial.paired.get(name) or apart[name] for name in AGAINST}
+    return {name: q for name, q in found.items() if q is not None and q.value is not None}
+
+
+def ratios_by(trial: Trial, apart: str = "") -> str:
+    """How the ratios of `against` were obtained, as one sentence; `apart` says why not in turn, where it is known."""
+    context = trial.paired.context
+    if len(trial.paired):
+        rounds, requests = context["rounds"], context["requests"]
+        some = f"{requests} request{'s' * (requests != 1)}"
+        return f"ratios: measured in turn with the parent, median over {rounds} rounds of {some}"
+    why = f"{context['outcome']} when measured in turn: {context['sentence']}" if context else apart
+    return "ratios: from separate measurements, minutes apart" + (why and f" ({why})")
+
+
+def tested(trial: Trial) -> str:
+    """What McNemar's test on the same items says of a trial against the parent; "" where no task was answered."""
+    context = trial.measurement.context
+    if trial.recipe == "parent" or "mcnemar_p" not in context:
+        return ""
+    n = trial.measurement["accuracy"].n
+    return f"accuracy of trial {trial.number} on {n} items of {context['task']}: McNemar p = {context['mcnemar_p']:.2g}"
+
+
+def quotient(a: Quantity | None, b: Quantity | None) -> Quantity | None:
+    """a / b with the widest interval their own allow; None when one is missing."""
+    if a is None or b is None or a.value is None or not b.value:
+        return None
+    low = a.low / b.high if a.low is not None and b.high else None
+    high = a.high / b.low if a.high is not None and b.low else None
+    return Quantity(value=a.value / b.value, unit="x", method=a.method, n=min(a.n, b.n), low=low, high=high)
 
 
 def _least(trials: Sequence[Trial], metric: str) -> Trial | None:

@@ -64,9 +64,10 @@ def plan_of(made: Setup) -> Plan:
     forecast = policy.predictor.after([])
     candidates = [_candidate(recipe, made, forecast) for recipe in _drawn(made)]
     kept = [c for c in candidates if not c.objection] or candidates
-    each = sorted(c.seconds for c in kept)[len(kept) // 4] if kept else 0.0
-    baseline = sum(forecast.seconds(Recipe()).values())
-    limit = policy.allowance.time
+    answering = made.question_tokens / policy.predictor.physics(Recipe())["prefill"]
+    each = sorted(c.seconds for c in kept)[len(kept) // 4] + answering if kept else 0.0
+    baseline = sum(forecast.seconds(Recipe()).values()) + answering
+    limit = None if policy.allowance.time is None else policy.allowance.time - policy.kept([])
     trials = policy.most if limit is None else max(0, int((limit - baseline) / max(each, 1e-9)))
     counted = trials if trials is not None else len(candidates)
     total = min(baseline + counted * each, limit if limit is not None else float("inf"))

@@ -6,7 +6,9 @@ full: successive halving without waiting for a round to fill (Li et al. 2020, "A
 as in Schmucker et al. 2021). The random numbers of a step depend on the seed and on how many trials there are, so a
 study that was killed proposes what it would have proposed.
 
-A step is begun only when it is expected to end within the allowance.
+A step is begun only when it is expected to end within the allowance. A share of it (`turn_share`) is kept for the last
+step, the picks measured in turn with the parent (`in_turn`). Where the trials say that even its shortest form costs
+more than twice that share, nothing is kept, and the step is done only if enough happens to be left.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from dataclasses import dataclass
 from fivefold.budget import Allowance
 from fivefold.quantity import Measurement
 from fivefold.recipe import Recipe
+from fivefold.study.in_turn import PHASE, Turn, turn, unpaired
 from fivefold.study.pareto import Goal, point, ranks
+from fivefold.study.picks import picks
 from fivefold.study.predictor import Predictor
 from fivefold.study.sampler import Sampler, SearchSpace
 from fivefold.study.trial import Outcome, Trial, estimate
@@ -55,16 +59,29 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
+class InTurn:
+    """Measure the parent and these trials in turn."""
+
+    parent: Trial
+    trials: tuple[Trial, ...]
+    turn: Turn
+    patience: float
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
+    """`apart` says why the picks were not measured in turn with the parent, or ""."""
+
     why: str
+    apart: str = ""
 
 
-Step = Build | Drop | Measure | Stop
+Step = Build | Drop | Measure | InTurn | Stop
 
 
 @dataclass(frozen=True)
 class Policy:
-    """`most` limits the trials that are built; None is no limit."""
+    """`most` limits the trials that are built; None is no limit. `turn_share` 0 leaves out the last step."""
 
     goal: Goal
     space: SearchSpace
@@ -73,8 +90,13 @@ class Policy:
     allowance: Allowance
     seed: int = 0
     most: int | None = None
+    turn_share: float = 0.0
 
     def next(self, trials: Sequence[Trial]) -> Step:
+        step = self._search(trials)
+        return self._last(step, trials) if isinstance(step, Stop) and self.turn_share else step
+
+    def _search(self, trials: Sequence[Trial]) -> Step:
         forecast = self.predictor.after(trials)
         if not trials:
             recipe = Recipe()
@@ -118,9 +140,38 @@ class Policy:
                 return Build(recipe, predicted, sum(seconds[phase] for phase in SCREEN_SHARE))
         return Stop(f"the next trial would take about {expected:.0f} s and {max(left, 0):.0f} s are left")
 
+    def _last(self, stop: Stop, trials: Sequence[Trial]) -> Step:
+        """Measure what is due in turn, or say why not."""
+        due = unpaired(trials, self.goal)
+        if not due:
+            return stop
+        if spent := self._exceeded(trials):
+            return Stop(stop.why, f"the allowance of {spent} is spent")
+        time = self.allowance.time
+        left = math.inf if time is None else time - spent_seconds(trials)
+        wanted = turn([trials[0], *due], math.inf if time is None else min(left, 2 * self.turn_share * time))
+        if wanted.expected > left:
+            return Stop(
+                stop.why, f"measuring the picks in turn with the parent would take about {wanted.expected:.0f} s and"
+                f" {max(left, 0):.0f} s are left",
+            )
+        return InTurn(trials[0], tuple(due), wanted, max(left, wanted.expected))
+
     def left(self, trials: Sequence[Trial]) -> float:
-        """Seconds of the allowance that are left."""
-        return math.inf if self.allowance.time is None else self.allowance.time - spent_seconds(trials)
+        """Seconds of the allowance that are left for the search."""
+        if self.allowance.time is None:
+            return math.inf
+        done = sum(t.spent.get(PHASE, 0.0) for t in trials)
+        chosen = [p.trial for p in picks(trials, self.goal)] if self.turn_share else []
+        due = [t for t in chosen if not t.paired.context]
+        last = max(self.kept(trials, chosen), done + self.kept(trials, due) if due else done)
+        return self.allowance.time - (spent_seconds(trials) - done) - last
+
+    def kept(self, trials: Sequence[Trial], due: Sequence[Trial] = ()) -> float:
+        """Seconds kept for measuring `due` in turn, unknown ones if it is empty."""
+        share = self.turn_share * (self.allowance.time or 0.0)
+        cost = turn([trials[0], *due], 0.0).expected if share and due else 0.0
+        return 0.0 if cost > 2 * share else max(share, cost)
 
     def _exceeded(self, trials: Sequence[Trial]) -> str:
         for name, key in (("energy", "energy.J"), ("money", "money.USD")):
@@ -139,6 +190,7 @@ def spent_seconds(trials: Sequence[Trial]) -> float:
 def promoted(trials: Sequence[Trial], goal: Goal) -> Trial | None:
     """The first screened trial that belongs to the better half of all that were screened; None when there is none."""
     parent: Mapping[str, float | None] = estimate(trials[0])
+    goal = goal.of_screen()
     known = [
         (p, t) for t in trials[1:] if t.outcome in (Outcome.SCREENED, Outcome.MEASURED)
         and (p := point(estimate(t), goal.objectives)) is not None

@@ -7,13 +7,18 @@ operations per matrix parameter:
     time to first  = prompt tokens * FLOPs / GEMM rate / efficiency
     size           = sum over tensors of parameters * bits(type) / 8
 
-Then the evidence: efficiencies start from a rough table and are replaced, as soon as a trial with the same engine and
-storage type has been measured, by the median ratio measured / physics of those trials. Energy and money follow the
-predicted time by the ratio the parent's measurement gives. Quality is not predicted here; samplers learn it.
+Efficiencies are a rough table. For llama.cpp there is a better one, once the seconds per weight of its types have been
+measured on this machine (`engines._type_speed`; it is read here, never made here):
+
+    time per token = fixed + layers * (layer + attention * position) + sum over types of weights * seconds per weight
+
+Then the evidence: trials correct the physics by their ratio measured / physics, each recipe by those that resemble it
+(`evidence`). Energy, carbon and money follow the predicted time, times the ratio to their own physics that trials show.
+Quality is not predicted here; samplers learn it.
 
 A prediction is stored in its trial before the measurement, so `errors` judges it honestly. What a technique will change
-in plans and blueprint it says itself (`Technique.plan`); what it does to speed other than by bytes, depth and plan (a
-draft from the prompt, say) is left to the sampler's regression.
+in plans and blueprint it says itself (`Technique.plan`); what it does to speed beyond that (a draft from the prompt,
+say) is learnt from its trials.
 """
 
 from __future__ import annotations
@@ -26,14 +31,19 @@ from statistics import median
 from typing import Any
 
 from fivefold.engines import default_engine
+from fivefold.engines._type_speed import ROUGH as NOISY
+from fivefold.engines._type_speed import TypeSpeeds, known
 from fivefold.machine import Machine
 from fivefold.meters.energy import PowerModel
 from fivefold.metrics import METRICS
 from fivefold.model import Blueprint, Model
 from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe, Technique
+from fivefold.study import evidence
+from fivefold.study.evidence import Evidence, Traits
 from fivefold.study.pareto import Goal
 from fivefold.study.trial import Outcome, Trial
+from fivefold.study.type_work import Work, base_work, layer_shape, planned_work, spread_work, stored_work
 from fivefold.techniques._shared.gguf_types import bits
 
 _EFFICIENCY = {"f32": 0.55, "f16": 0.6, "bf16": 0.6, "q8_0": 0.34}
@@ -43,6 +53,9 @@ _USD_PER_SECOND = 1e-5
 PHASES = ("build", "screen", "measure", "quality", "overhead")
 RESOURCES = ("flops", "latency", "ttft", "request", "decode", "prefill", "memory", "size", "kv", "energy", "carbon",
              "money", "network")
+CLOCKED = ("latency", "ttft", "request", "decode", "prefill")
+FOLLOW = ("energy", "carbon", "money")
+"""Metrics that are a price times the request's time."""
 TIMED = {"latency", "decode", "request", "throughput", "energy", "money", "carbon"}
 MARGIN = 0.1
 SLOW_RATE = 5e10
@@ -61,6 +74,9 @@ class Outline:
     batch: int
     cache_bytes: float
     dtype: str
+    traits: Traits
+    work: Work | None = None
+    """Weights by type, where the table of measured times applies."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +116,39 @@ class Predictor:
         if average is not None:
             storage = f"{average:.0f} bits"
         cache = model.run.cache_type if engine != "torch" else _DTYPE_TYPE[model.run.dtype]
+        traits = Traits(
+            engine=engine, storage=storage, threads=_spelled(model.run.threads), cache="" if cache == "f16" else cache,
+            batch=_spelled(model.run.batch - 1), lookup=_spelled(model.decode.lookup_tokens),
+        )
         return Outline(
             engine=engine, storage=storage, weight_bytes=self._weight_bytes(recipe, model), blueprint=model.blueprint,
             threads=model.run.threads, batch=model.run.batch, cache_bytes=bits(cache) / 8,
-            dtype=model.run.dtype if engine == "torch" else "float32",
+            dtype=model.run.dtype if engine == "torch" else "float32", traits=traits,
+            work=self._work(recipe, model) if engine == "llama.cpp" and self.speeds else None,
         )
+
+    @property
+    def speeds(self) -> TypeSpeeds | None:
+        """The table of this model's widths on this machine; None where there is none or it was taken in noise."""
+        found = known(self.model.blueprint, self.machine.id)
+        return found if found and found.others <= NOISY else None
+
+    def _work(self, recipe: Recipe, planned: Model) -> Work:
+        if not recipe.build.techniques:
+            return stored_work(planned)
+        average = average_bits(recipe)
+        if average is None:
+            return planned_work(planned)
+        from fivefold.techniques.inference.mixed_precision import candidates
+
+        b = planned.blueprint
+        widths = {b.width, b.ffn, b.heads * b.head_dim}
+        work = spread_work(b, average, {width: candidates(width) for width in widths})
+        most = next((t.time for t in recipe if getattr(t, "time", 0.0)), None)  # type: ignore[attr-defined]
+        if most is None or self.speeds is None:
+            return work
+        wanted, base = (_matrix_seconds(self.speeds, w) for w in (work, base_work(b)))
+        return work.scaled(min(1.0, most * base / wanted))
 
     def _weight_bytes(self, recipe: Recipe, planned: Model) -> float:
         """Bytes of the file the plan will write; of the file there is when nothing builds."""
@@ -129,6 +173,9 @@ class Predictor:
         share = min(1.0, (o.threads or cores) / cores)
         prefill = (limits.prefill.value or 1000.0) * _PREFILL_EFFICIENCY * share
         latency, ttft = 1 / decode, self.prompt / prefill
+        if o.work is not None and (speeds := self.speeds) is not None:
+            latency, ttft = self._by_type(speeds, o, o.work, position)
+            decode, prefill = 1 / latency, self.prompt / ttft
         request = ttft + latency * max(1, self.output - 1)
         cache = o.blueprint.cache_bytes_per_token(o.cache_bytes)
         per_token = request / max(1, self.output)
@@ -140,6 +187,15 @@ class Predictor:
             "energy": per_token * watts, "carbon": per_token * watts / 3.6e6 * 450 * 1e6,
             "money": per_token * _USD_PER_SECOND * 1e6,
         }
+
+    def _by_type(self, speeds: TypeSpeeds, o: Outline, work: Work, position: int) -> tuple[float, float]:
+        """Seconds per token, and to the first token, by the measured table."""
+        b = o.blueprint
+        shared: dict[str, Any] = {"weights": work.layers, "head": work.head, "threads": o.threads}
+        return (
+            speeds.token_seconds(layers=b.layers, position=position, units=b.heads * b.head_dim, **shared),
+            speeds.prompt_seconds(layers=b.layers, tail=layer_shape(b).tail, prompt=self.prompt, **shared),
+        )
 
     def after(self, history: Sequence[Trial]) -> Forecast:
         """The predictor as these trials have taught it."""
@@ -172,19 +228,30 @@ class Forecast:
         self.parent = next((t for t in history if t.recipe == "parent" and t.outcome is Outcome.MEASURED), None)
         self._similar = [t for t in history if t.spent.get("measure") and t.recipe != "parent"]
 
-    def _compare(self) -> dict[str, list[tuple[tuple[str, str], float]]]:
-        """Metric -> (engine and storage type, log of measured / physics) of every measured trial."""
-        found: dict[str, list[tuple[tuple[str, str], float]]] = {}
+    def _compare(self) -> dict[str, dict[bool, Evidence]]:
+        """Metric -> physics by table or not -> the log ratios measured / physics of the measured trials made so."""
+        found: dict[tuple[str, bool], list[evidence.Record]] = {}
         for trial in self.history:
             if trial.outcome is not Outcome.MEASURED:
                 continue
             recipe = Recipe.parse(trial.recipe)
             o, raw = self.predictor.outline(recipe), self.predictor.physics(recipe)
-            for metric, value in raw.items():
-                measured = trial.value(metric)
-                if measured and measured > 0 and value > 0:
-                    found.setdefault(metric, []).append(((o.engine, o.storage), math.log(measured / value)))
-        return found
+            ratios = {metric: math.log(measured / value) for metric, value in raw.items()
+                      if value > 0 and (measured := trial.value(metric) or 0.0) > 0}
+            for metric, ratio in ratios.items():
+                own = ratio - ratios.get("request", 0.0) if metric in FOLLOW else ratio
+                found.setdefault((metric, _by_table(metric, o)), []).append((o.traits, own))
+        out: dict[str, dict[bool, Evidence]] = {}
+        for (metric, table), records in found.items():
+            variance = evidence.PRICE if metric in FOLLOW else evidence.TABLE if table else evidence.ROUGH
+            out.setdefault(metric, {})[table] = Evidence(records, variance)
+        return out
+
+    def _correction(self, metric: str, o: Outline) -> tuple[float, int]:
+        """Log of the factor, and the number of trials it comes from."""
+        known = self._evidence.get(metric, {}).get(_by_table(metric, o))
+        log, n = (known.log_factor(o.traits), known.count(o.traits)) if known else (0.0, 0)
+        return (log + self._correction("request", o)[0], n) if metric in FOLLOW else (log, n)
 
     def predict(self, recipe: Recipe) -> Measurement:
         """Every metric of `RESOURCES`, modelled; `context` says from how many trials it was calibrated."""
@@ -196,12 +263,13 @@ class Forecast:
         o = self.predictor.outline(recipe)
         quantities = {}
         for metric, value in self.predictor.physics(recipe).items():
-            factor, n = _factor(self._evidence.get(metric, []), (o.engine, o.storage))
+            log, n = self._correction(metric, o)
             quantities[metric] = Quantity(
-                value=value * factor, unit=METRICS[metric].unit, method="modelled", n=max(1, n),
+                value=value * math.exp(log), unit=METRICS[metric].unit, method="modelled", n=max(1, n),
                 reason="" if n else "not calibrated by a trial yet",
             )
-        return Measurement(quantities, {"calibrated_on": len(self._evidence.get("latency", []))})
+        calibrated = sum(len(e.records) for e in self._evidence.get("latency", {}).values())
+        return Measurement(quantities, {"calibrated_on": calibrated})
 
     def seconds(self, recipe: Recipe) -> dict[str, float]:
         """Expected seconds of a trial by phase, from this study's own trials where there are any."""
@@ -314,14 +382,17 @@ def _size_on_disk(model: Model) -> float:
     return float(sum(f.stat().st_size for f in model.path.glob("*.safetensors")))
 
 
-def _factor(evidence: Sequence[tuple[tuple[str, str], float]], key: tuple[str, str]) -> tuple[float, int]:
-    """Correction from trials of the same engine and type, else of the engine, else of any; and from how many."""
-    for alike in (
-        [x for k, x in evidence if k == key], [x for k, x in evidence if k[0] == key[0]], [x for _, x in evidence],
-    ):
-        if alike:
-            return math.exp(median(alike)), len(alike)
-    return 1.0, 0
+def _by_table(metric: str, o: Outline) -> bool:
+    return metric in CLOCKED and o.work is not None
+
+
+def _matrix_seconds(speeds: TypeSpeeds, work: Work) -> float:
+    return sum(speeds.matrix_seconds(t, n) for t, n in work.layers.items()) + sum(
+        speeds.matrix_seconds(t, n, head=True) for t, n in work.head.items())
+
+
+def _spelled(number: int | None) -> str:
+    return str(number) if number else ""
 
 
 def prefix_text(recipe: Recipe, length: int) -> str:

@@ -22,7 +22,7 @@ from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe
 from fivefold.study.trial import Outcome, Trial
 
-ANSWERS = {"agreement": 0.005, "kl": 0.002, "loss": 0.002}
+ANSWERS = {"agreement": 0.005, "kl": 0.002, "loss": 0.002, "accuracy": 0.01}
 """Absolute tolerances on quality: what a different order of summation may change."""
 COSTS = {"latency": 0.15, "ttft": 0.15, "memory": 0.10, "energy": 0.15}
 """Relative tolerances on resources, beyond the interval of the interleaved ratio."""
@@ -133,7 +133,7 @@ def ship_trial(folder: Path, to: Path, *, budget: str = "", number: int | None =
     with Store(folder / "artifacts").using(trial.artifact) as stored:
         traffic = Workload.load(inputs["workload"], Tokenizer(load(stored.path).tokenizer_file))
         return ship(
-            stored, trial, to, workload=traffic, quality=lambda model: _fidelity(model, folder),
+            stored, trial, to, workload=traffic, quality=lambda model: _quality(model, folder),
             country=inputs["country"], meta=study.meta.get("settings"),
         )
 
@@ -146,12 +146,15 @@ def _chosen(study: Any, number: int) -> Trial:
     return trial
 
 
-def _fidelity(model: Model, folder: Path) -> Measurement:
+def _quality(model: Model, folder: Path) -> Measurement:
     from fivefold.engines import open_session
+    from fivefold.study.quality import on_tasks
     from fivefold.tasks.fidelity import Reference, fidelity
+    from fivefold.tokenizer import Tokenizer
 
     session = open_session(model)
     try:
-        return fidelity(session, Reference.load(folder / "reference-full.npz")).measurement
+        found = fidelity(session, Reference.load(folder / "reference-full.npz")).measurement
+        return found.merged(on_tasks(folder, session, Tokenizer(model.tokenizer_file)))
     finally:
         session.close()

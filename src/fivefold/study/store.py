@@ -78,9 +78,11 @@ class Store:
         """Every trial, by number."""
         return [self._trial(record) for (record,) in self._read("SELECT record FROM trial ORDER BY number")]
 
-    def put(self, trial: Trial) -> None:
-        """Insert the trial, or replace the one of the same number. On the disk when this returns."""
-        self._write("INSERT OR REPLACE INTO trial VALUES (?, ?)", (trial.number, _dumps(trial.to_json())))
+    def put(self, *trials: Trial) -> None:
+        """Insert the trials, or replace those of the same numbers: all or none. On the disk when this returns."""
+        rows = [(t.number, _dumps(t.to_json())) for t in trials]
+        places = ", ".join(["(?, ?)"] * len(rows))
+        self._write(f"INSERT OR REPLACE INTO trial VALUES {places}", tuple(v for row in rows for v in row))
 
     def set_meta(self, key: str, value: Any) -> None:
         self._write("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, _dumps(value)))

@@ -21,12 +21,14 @@ from typing import Any, Self
 from fivefold.budget import Budget
 from fivefold.errors import BudgetError, StoreError, TrialFailure, UserError
 from fivefold.metrics import METRICS
+from fivefold.quantity import Measurement
 from fivefold.recipe import Recipe
 from fivefold.study import events as ev
 from fivefold.study.driver import Report, Runner
 from fivefold.study.feasible import infeasible
-from fivefold.study.pareto import Goal, front, knee, values_of
-from fivefold.study.policy import Build, Drop, Measure, Policy, Stop, spent_seconds
+from fivefold.study.in_turn import PHASE, failed, outcome_of
+from fivefold.study.pareto import ON_TASKS, Goal, front, knee, values_of
+from fivefold.study.policy import Build, Drop, InTurn, Measure, Policy, Stop, spent_seconds
 from fivefold.study.store import Store
 from fivefold.study.trial import Outcome, Trial
 
@@ -52,7 +54,8 @@ class Study:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """`settings` the study was started with, `space` (what is searched and what was dropped and why), `ended`."""
+        """`settings` the study was started with, `space` (what is searched and what was dropped and why), `ended`, and
+        `apart`: why picks were not measured in turn with the parent, or ""."""
         return self.store.meta()
 
     @property
@@ -80,11 +83,15 @@ class Study:
         goal = self.goal if budget is None else replace(self.goal, budget=budget)
         trials = self.trials
         parent = _parent_values(trials)
+        unasked = [m for m in goal.metrics if m in ON_TASKS and all(t.value(m) is None for t in trials)]
+        if unasked and parent:
+            raise BudgetError(f"no trial has a measured {unasked[0]}; optimize with --task in another folder")
         found = front(trials, goal, parent)
         if not found:
             raise infeasible(trials, goal.budget, parent)
         if by == "knee":
-            chosen = knee(found, goal)
+            # As in `picks`: the parent may lie on its own front; "change nothing" is no answer where there is another.
+            chosen = knee([t for t in found if t.recipe != "parent"] or found, goal)
             assert chosen is not None
             return chosen
         if by not in METRICS:
@@ -120,7 +127,7 @@ class _Run:
     def __init__(self, study: Study, policy: Policy, runner: Runner, tell: ev.Watcher) -> None:
         self.study, self.store, self.policy, self.runner, self.tell = study, study.store, policy, runner, tell
         self.front: tuple[int, ...] = ()
-        self.prepared = 0.0
+        self.prepared: dict[str, float] = {}
 
     def loop(self) -> None:
         trials = self.store.trials()
@@ -129,16 +136,22 @@ class _Run:
         self.tell(ev.Started(str(self.study.folder), len(trials)))
         start = time.perf_counter()
         try:
-            self.runner.prepare()
+            spent = self.runner.prepare()
         except TrialFailure as error:
             raise UserError(f"the parent itself could not be measured ({error}); correct that first") from None
-        self.prepared = time.perf_counter() - start
+        rest = max(0.0, time.perf_counter() - start - sum(spent.values()))
+        self.prepared = _summed({"reference": rest}, spent)
         while True:
             step = self.policy.next(trials)
             if isinstance(step, Stop):
                 self.store.set_meta("ended", step.why)
+                self.store.set_meta("apart", step.apart)
                 self.tell(ev.Ended(step.why))
                 return
+            if isinstance(step, InTurn):
+                self._in_turn(step)
+                trials = self.store.trials()
+                continue
             trial = self._do(step, trials)
             self.store.put(trial)
             trials = self.store.trials()
@@ -158,7 +171,7 @@ class _Run:
                 number=number, recipe=str(step.recipe), outcome=Outcome.SCREENED, predicted=step.predicted, at=_now()
             )
             if not number:
-                blank = blank.but(spent={"reference": self.prepared})
+                blank = blank.but(spent=self.prepared)
             self.tell(ev.TrialStarted(number, blank.recipe, "build", step.expected))
             return self._rung(blank, lambda: self.runner.build(step.recipe, number, self._phase(number)))
         trial = step.trial
@@ -168,6 +181,32 @@ class _Run:
             trial.but(outcome=Outcome.MEASURED),
             lambda: self.runner.measure(recipe, trial.number, trial.artifact, self._phase(trial.number)),
         )
+
+    def _in_turn(self, step: InTurn) -> None:
+        """Every trial of the step gets its ratios, or the sentence why not; its share of the seconds is on record."""
+        numbers = ", ".join(str(t.number) for t in step.trials)
+        self.tell(ev.TrialStarted(step.parent.number, f"the parent and {numbers}", PHASE, step.turn.expected))
+        start, count = time.perf_counter(), len(step.trials)
+        found: Mapping[int, Measurement]
+        try:
+            found, spent = self.runner.in_turn(
+                step.parent, step.trials, step.turn, step.patience, self._phase(step.parent.number)
+            )
+        except (StoreError, KeyboardInterrupt):
+            raise
+        except (TrialFailure, UserError) as error:
+            found, spent = {}, getattr(error, "spent", {})
+            missing = failed(outcome_of(error), str(error))
+        else:
+            missing = failed(Outcome.CRASHED, "the measuring process said nothing of it")
+        spent = {k: v for k, v in spent.items() if "." in k} | {PHASE: time.perf_counter() - start}
+        done = [
+            t.but(paired=found.get(t.number, missing), spent=_summed(t.spent, {k: v / count for k, v in spent.items()}))
+            for t in step.trials
+        ]
+        self.store.put(*done)
+        self.tell(ev.Paired(tuple(done)))
+        self.tell(spending(self.store.trials()))
 
     def _rung(self, trial: Trial, work: Any) -> Trial:
         """The trial after one phase; a failure is a result."""
@@ -185,7 +224,7 @@ class _Run:
             measurement=report.measurement if len(report.measurement) else trial.measurement,
             made=report.made or trial.made, coverage=report.coverage or trial.coverage,
             artifact=report.artifact or trial.artifact,
-            spent=_summed(trial.spent, report.spent, time.perf_counter() - start), at=_now(),
+            spent=_summed(trial.spent, _with_overhead(report.spent, time.perf_counter() - start)), at=_now(),
         )
 
     def _phase(self, number: int) -> Any:
@@ -213,17 +252,18 @@ def spending(trials: list[Trial]) -> ev.Spent:
 
 
 def _failed(trial: Trial, outcome: Outcome, error: Exception, wall: float) -> Trial:
-    spent = _summed(trial.spent, getattr(error, "spent", {}), wall)
+    spent = _summed(trial.spent, _with_overhead(getattr(error, "spent", {}), wall))
     return trial.but(outcome=outcome, sentence=str(error), spent=spent, at=_now())
 
 
-def _summed(before: Mapping[str, float], now: Mapping[str, float], wall: float) -> dict[str, float]:
-    """Seconds by phase so far; what the wall clock saw beyond the phases is overhead."""
+def _with_overhead(now: Mapping[str, float], wall: float) -> dict[str, float]:
+    """What the wall clock saw beyond the phases is overhead."""
     overhead = max(0.0, wall - sum(s for phase, s in now.items() if "." not in phase))
-    out = dict(before)
-    for phase, seconds in {**now, "overhead": now.get("overhead", 0.0) + overhead}.items():
-        out[phase] = out.get(phase, 0.0) + seconds
-    return out
+    return {**now, "overhead": now.get("overhead", 0.0) + overhead}
+
+
+def _summed(before: Mapping[str, float], now: Mapping[str, float]) -> dict[str, float]:
+    return {phase: before.get(phase, 0.0) + now.get(phase, 0.0) for phase in {**before, **now}}
 
 
 def _parent_values(trials: list[Trial]) -> Mapping[str, float | None]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from fivefold.quantity import Measurement, Quantity
 
 EMPTY = Measurement({})
+_RUNGS = ("predicted", "screen", "measurement", "paired")
 
 
 class Outcome(enum.StrEnum):
@@ -37,7 +38,8 @@ class Outcome(enum.StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """`made` is the one-off ledger (seconds, joules, dollars, bytes to make the artifact); `spent` is what the trial
-    itself cost the study, in seconds by phase (build, screen, measure, quality, overhead)."""
+    itself cost the study, in seconds by phase (build, screen, measure, quality, overhead, in turn). `paired` holds its
+    metrics as multiples of the parent's, both measured in turn (`in_turn`), or in its context why that failed."""
 
     number: int
     recipe: str
@@ -46,6 +48,7 @@ class Trial:
     predicted: Measurement = EMPTY
     screen: Measurement = EMPTY
     measurement: Measurement = EMPTY
+    paired: Measurement = EMPTY
     made: Mapping[str, Quantity] = field(default_factory=dict)
     spent: Mapping[str, float] = field(default_factory=dict)
     coverage: tuple[str, ...] = ()
@@ -60,17 +63,18 @@ class Trial:
         return self.measurement.value(metric) if self.outcome is Outcome.MEASURED else None
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(replace(self, predicted=EMPTY, screen=EMPTY, measurement=EMPTY, made={}))
+        data = asdict(replace(self, predicted=EMPTY, screen=EMPTY, measurement=EMPTY, paired=EMPTY, made={}))
         data["made"] = {k: q.to_json() for k, q in self.made.items()}
-        for rung in ("predicted", "screen", "measurement"):
+        for rung in _RUNGS:
             data[rung] = getattr(self, rung).to_json()
         return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
         fields = dict(data)
-        for rung in ("predicted", "screen", "measurement"):
-            fields[rung] = Measurement.from_json(fields[rung])
+        for rung in _RUNGS:
+            if rung != "paired" or rung in fields:
+                fields[rung] = Measurement.from_json(fields[rung])
         fields["made"] = {k: Quantity.from_json(q) for k, q in fields["made"].items()}
         fields["outcome"] = Outcome(fields["outcome"])
         fields["coverage"] = tuple(fields["coverage"])

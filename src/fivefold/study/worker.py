@@ -2,7 +2,8 @@
 
     reference   open the parent, record its answers on the small and the large sample
     build       apply the recipe, write the artifact, open it, fidelity on the small sample (the screen)
-    measure     open the artifact, measure it under the workload, then fidelity on the large sample
+    measure     open the artifact, measure it under the workload, then quality (`quality`) on the large sample
+    in turn     measure the parent and some artifacts in rounds that visit each (`in_turn`), in processes of their own
 
 A measuring process never built anything, so its memory is that of a server. Modules are imported as late as possible:
 measuring a GGUF file loads no torch. The result is one JSON file, written atomically; a process that leaves none has
@@ -50,17 +51,23 @@ class Work:
             self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> dict[str, Any]:
-        return {"reference": self.reference, "build": self.build, "measure": self.measure}[self.job["do"]]()
+        jobs = {"reference": self.reference, "build": self.build, "measure": self.measure, "in turn": self.in_turn}
+        return jobs[self.job["do"]]()
 
     def reference(self) -> dict[str, Any]:
         from fivefold.engines import open_session
+        from fivefold.study import quality
         from fivefold.tasks.fidelity import Reference
+        from fivefold.tokenizer import Tokenizer
 
         with self.phase("reference"):
             session = open_session(self.model)
             for size in ("screen", "full"):
                 Reference.record(session, self.job["windows"][size]).save(self.folder / f"reference-{size}.npz")
-            session.close()
+        if (self.folder / quality.QUESTIONS).is_file():
+            with self.phase("quality"):
+                quality.record(self.folder, session, Tokenizer(self.model.tokenizer_file))
+        session.close()
         return {}
 
     def build(self) -> dict[str, Any]:
@@ -71,55 +78,88 @@ class Work:
             built = builder.build(Recipe.parse(self.job["recipe"]), self.model)
         self.spent |= built.steps
         with self.phase("screen"):
-            screen = self._fidelity(built.model, "screen")
+            screen = self._quality(built.model, "screen")
         return {
             "screen": screen.to_json(), "made": {name: q.to_json() for name, q in built.made.items()},
             "coverage": list(built.model.coverage), "artifact": built.artifact.key if built.artifact else None,
         }
 
     def measure(self) -> dict[str, Any]:
-        from fivefold.artifact import Store
         from fivefold.meters import measure
         from fivefold.meters.money import Prices
-        from fivefold.study.build import opened, served
 
-        recipe, model = Recipe.parse(self.job["recipe"]), self.model
-        if self.job["artifact"] is not None:
-            found = Store(self.folder / "artifacts").get(self.job["artifact"])
-            if found is None:
-                raise UserError(f"the artifact {self.job['artifact'][:12]} is gone from the store; run the study again")
-            model = opened(found, self.model)
-        model = served(recipe, model)
+        model = self._served(self.job["recipe"], self.job["artifact"])
         with self.phase("measure"):
             measured = measure(
                 model, self._traffic(model), rounds=self.job["rounds"], patience=self.job["patience"],
                 machine=self.machine, prices=Prices(**self.job["prices"]), country=self.job["country"],
             )
         with self.phase("quality"):
-            quality = self._fidelity(model, "full")
+            quality = self._quality(model, "full")
         return {"measurement": measured.merged(quality).to_json()}
 
-    def _traffic(self, model: Model) -> Any:
-        """The workload; where it allows decoding together, as many at a time as the recipe says."""
+    def in_turn(self) -> dict[str, Any]:
+        from fivefold.meters.money import Prices
+        from fivefold.study.in_turn import PHASE, failed, measured
+        from fivefold.study.trial import Outcome
+
+        found, others, job = {}, {}, self.job
+        for arm in job["arms"]:
+            try:
+                others[arm["number"]] = self._served(arm["recipe"], arm["artifact"])
+            except UserError as error:
+                found[arm["number"]] = failed(Outcome.REFUSED, str(error))
+        with self.phase(PHASE):
+            found |= measured(
+                self.model, others, lambda model: self._traffic(model, job["requests"]), rounds=job["rounds"],
+                patience=job["patience"], room=job["room"],
+                sizes={int(n): size or 0.0 for n, size in job["sizes"].items()},
+                machine=self.machine, prices=Prices(**job["prices"]), country=job["country"],
+            )
+        return {"paired": {number: m.to_json() for number, m in found.items()}}
+
+    def _served(self, recipe: str, artifact: str | None) -> Model:
+        """A trial's model as it is served. Raises UserError when its artifact is gone."""
+        from fivefold.artifact import Store
+        from fivefold.study.build import opened, served
+
+        model = self.model
+        if artifact is not None:
+            found = Store(self.folder / "artifacts").get(artifact)
+            if found is None:
+                raise UserError(f"the artifact {artifact[:12]} is gone from the store; run the study again")
+            model = opened(found, self.model)
+        return served(Recipe.parse(recipe), model)
+
+    def _traffic(self, model: Model, count: int | None = None) -> Any:
+        """The workload, or `count` of its requests; where it allows, as many decoded together as the recipe says."""
         from fivefold.meters.worker import PlainWorkload
+        from fivefold.study.in_turn import spread
 
         workload = PlainWorkload.from_json(self.job["workload"])
+        if count is not None:
+            workload = replace(workload, requests=spread(workload.requests, count))
         if workload.batch > 1 and model.run.batch > 1:
             return replace(workload, batch=min(model.run.batch, len(workload.requests)))
         return workload
 
-    def _fidelity(self, model: Model, size: str) -> Measurement:
+    def _quality(self, model: Model, size: str) -> Measurement:
+        """Fidelity on the sample of that size; on the full one the study's tasks as well."""
         from fivefold.engines import open_session
+        from fivefold.study.quality import on_tasks
         from fivefold.tasks.fidelity import Reference, fidelity
+        from fivefold.tokenizer import Tokenizer
 
         reference = Reference.load(self.folder / f"reference-{size}.npz")
-        if not Recipe.parse(self.job["recipe"]).techniques:
-            return finite(reference.itself().measurement)
-        session = open_session(model)
+        itself = not Recipe.parse(self.job["recipe"]).techniques
+        session = None if itself else open_session(model)
         try:
-            found = fidelity(session, reference).measurement
+            found = (reference.itself() if session is None else fidelity(session, reference)).measurement
+            if size == "full":
+                found = found.merged(on_tasks(self.folder, session, Tokenizer(self.model.tokenizer_file)))
         finally:
-            session.close()
+            if session is not None:
+                session.close()
         return finite(found)
 
 

@@ -22,7 +22,7 @@ import itertools
 import json
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -64,6 +64,14 @@ class ChoiceSet:
     def digest(self) -> str:
         return hashlib.sha256(repr(self.items).encode()).hexdigest()[:16]
 
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        items = [Item(tuple(i["contexts"]), tuple(i["continuations"]), i["answer"]) for i in data["items"]]
+        return cls(data["name"], tuple(items), data["by_length"])
+
 
 @dataclass(frozen=True, eq=False)
 class Answers:
@@ -86,6 +94,26 @@ class Answers:
     def measurement(self) -> Measurement:
         """Accuracy with Wilson's 95 % interval."""
         return Measurement({"accuracy": _intervals.proportion(self.correct)}, {"task": self.name, "items": self.digest})
+
+    def to_json(self) -> dict[str, Any]:
+        probabilities = [p.tolist() for p in self.probabilities]
+        return {"name": self.name, "digest": self.digest, "probabilities": probabilities, "right": self.right.tolist()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        probabilities = tuple(np.array(p, np.float64) for p in data["probabilities"])
+        return cls(data["name"], data["digest"], probabilities, np.array(data["right"], np.int64))
+
+
+def joined(answers: Sequence[Answers]) -> Answers:
+    """The answers to several sets as those to one: their items side by side."""
+    if len(answers) == 1:
+        return answers[0]
+    digest = hashlib.sha256(" ".join(a.digest for a in answers).encode()).hexdigest()[:16]
+    return Answers(
+        " + ".join(a.name for a in answers), digest, tuple(p for a in answers for p in a.probabilities),
+        np.concatenate([a.right for a in answers]),
+    )
 
 
 @functools.cache

@@ -18,8 +18,10 @@ from typing import Any, Self
 from fivefold import errors
 from fivefold.errors import DataError, RecipeError, UserError
 from fivefold.files import write_text
+from fivefold.quantity import Measurement
 from fivefold.recipe import Recipe
 from fivefold.study.driver import Phase, Report
+from fivefold.study.in_turn import Turn
 from fivefold.study.sampler import SearchSpace
 from fivefold.study.trial import Outcome, Trial
 
@@ -90,8 +92,8 @@ class ReplayMeter:
     def __init__(self, table: Table) -> None:
         self.table = table
 
-    def prepare(self) -> None:
-        return None
+    def prepare(self) -> Mapping[str, float]:
+        return {}
 
     def build(self, recipe: Recipe, number: int, phase: Phase) -> Report:
         trial = self._known(recipe)
@@ -109,6 +111,14 @@ class ReplayMeter:
         if trial.outcome is not Outcome.MEASURED:
             raise UserError(f"{recipe} was never measured in the recorded study; choose from measured trials")
         return Report(measurement=trial.measurement, spent=spent)
+
+    def in_turn(
+        self, parent: Trial, trials: Sequence[Trial], turn: Turn, patience: float, phase: Phase
+    ) -> tuple[Mapping[int, Measurement], Mapping[str, float]]:
+        known = {t.number: self._known(Recipe.parse(t.recipe)).paired for t in trials}
+        if lacking := [n for n, m in known.items() if not m.context]:
+            raise UserError(f"trial {lacking[0]} was not measured in turn in the recorded study; leave that step out")
+        return known, {}
 
     def _known(self, recipe: Recipe) -> Trial:
         try:

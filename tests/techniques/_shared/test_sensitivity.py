@@ -9,7 +9,7 @@ import torch
 from fivefold.model import Model
 from fivefold.techniques._shared.gguf_types import exported_names, matrices
 from fivefold.techniques._shared.modules import is_linear, load_module, matrix, stored_name
-from fivefold.techniques._shared.sensitivity import curvatures, row_order
+from fivefold.techniques._shared.sensitivity import Curvature, curvatures, row_order
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (48, 24))
 
@@ -67,3 +67,20 @@ def test_query_rows_follow_the_exported_order(tiny: Callable[..., Model]) -> Non
     tensor = exported_tensors(model.path)["blk.0.attn_q.weight"]
     rows = tensor.source.numpy()
     np.testing.assert_array_equal(rows[row_order(model, tensor.name, len(rows)).numpy()], tensor.numpy())
+
+
+def test_a_hessian_from_few_tokens_is_drawn_towards_its_diagonal() -> None:
+    draw = torch.Generator().manual_seed(0)
+    mixing = torch.randn(48, 48, generator=draw) / 48**0.5 + torch.eye(48)
+
+    def known(count: int) -> Curvature:
+        x = torch.randn(count, 48, generator=draw) @ mixing
+        return Curvature(inputs=x.T @ x / count, rows=torch.ones(4) / 4)
+
+    few, truth = known(100), mixing.T @ mixing
+    drawn = few.shrunk(4096)  # an element off the diagonal is worth half
+    torch.testing.assert_close(drawn.inputs.diagonal(), few.inputs.diagonal())
+    torch.testing.assert_close(drawn.inputs[0, 1], few.inputs[0, 1] / 2)
+    assert (few.shrunk(4096).inputs - truth).norm() < (few.inputs - truth).norm()
+    many = known(200_000)
+    torch.testing.assert_close(many.shrunk(10**9).inputs, many.inputs, rtol=1e-4, atol=1e-4)

@@ -130,13 +130,13 @@ function spendSection() {
   if (!phases.length || !total) return section("spend", "What the search cost", lead, missing("no trial recorded what it spent"));
   let x = 0;
   const bars = phases.map(([name, s], i) => {
-    const width = (1000 * s) / total, bar = svg("rect", { class: `p${i % 6}`, x, width: Math.max(0, width - 2), height: 22 }, svg("title", {}, `${name}: ${digits(s, 1)} s`));
+    const width = (1000 * s) / total, bar = svg("rect", { class: `p${i % 7}`, x, width: Math.max(0, width - 2), height: 22 }, svg("title", {}, `${name}: ${digits(s, 1)} s`));
     x += width;
     return bar;
   });
   const extras = [["energy.J", "J"], ["money.USD", "USD"]].filter(([k]) => DATA.spend[k]).map(([k, unit]) => `${digits(DATA.spend[k], DATA.spend[k] / 100)} ${unit}`);
   return section("spend", "What the search cost", lead,
     svg("svg", { viewBox: "0 0 1000 22", preserveAspectRatio: "none", width: "100%", height: 22, role: "img", "aria-label": "seconds by phase" }, bars),
-    el("div", { class: "legend" }, phases.map(([name, s], i) => el("span", {}, el("i", { class: `swatch p${i % 6}` }), `${name} ${digits(s, s < 10 ? 0.1 : 1)} s (${Math.round((100 * s) / total)} %)`))),
+    el("div", { class: "legend" }, phases.map(([name, s], i) => el("span", {}, el("i", { class: `swatch p${i % 7}` }), `${name} ${digits(s, s < 10 ? 0.1 : 1)} s (${Math.round((100 * s) / total)} %)`))),
     el("p", { class: "note", style: "margin-top:12px" }, [`${digits(total, 1)} s in all`, ...extras].join(", ") + "."));
 }

@@ -46,18 +46,18 @@ function pickCard(pick, t, parent) {
   const role = String(pick.role), lead = [...role.split(", ").flatMap((r) => HEADLINE[r] || []), ...DATA.axes].find((n) => present.includes(n) && t.values[n]);
   const against = (n) => {
     const given = (pick.against_parent || {})[n];
-    if (given && given.v !== undefined) return el("span", { title: given.i || "" }, `${given.t}×`);
+    if (given && given.v !== undefined) return el("span", {}, `${given.t}×`, el("small", { class: "dim" }, given.i || ""));
     const [a, b] = [value(t, n), parent ? value(parent, n) : null];
     return el("span", {}, a !== null && b && metric(n).resource !== "quality" ? `${digits(a / b, a / b < 10 ? 0.01 : 1)}×` : "");
   };
-  const names = [...new Set(["size", "memory", "latency", "ttft", "energy", "money", "agreement", "kl", ...Object.keys(DATA.bounds)])].filter((n) => t.values[n]);
+  const names = [...new Set(["size", "memory", "latency", "ttft", "energy", "money", "agreement", "kl", "accuracy", ...Object.keys(DATA.bounds)])].filter((n) => t.values[n]);
   const payback = DATA.payback.rows.filter((r) => r.number === t.number && r.sentence).map((r) => `${r.resource}: ${r.sentence}`);
   const c = lead ? t.values[lead] : null;
   return el("article", { class: "card" }, el("div", { class: "role" }, `${role} · trial ${t.number}`),
     c && c.v !== undefined ? el("div", { class: "big" }, c.t, el("small", {}, ` ${c.u || ""} ${lead}`)) : null,
     el("code", {}, t.recipe),
     el("table", {}, el("thead", {}, el("tr", {}, el("th", {}), el("th", {}), el("th", { scope: "col" }, "× parent"))), el("tbody", {}, names.map((n) => el("tr", {}, el("td", {}, n), el("td", {}, quantity(t.values[n]), el("small", { class: "dim" }, t.values[n].i || "")), el("td", {}, against(n)))))),
-    pick.why ? el("p", { class: "why" }, pick.why) : null, payback.length ? el("p", { class: "why dim" }, payback.join("; ")) : null,
+    [pick.ratios, pick.tested].filter(Boolean).map((said) => el("p", { class: "why dim" }, said)), pick.why ? el("p", { class: "why" }, pick.why) : null, payback.length ? el("p", { class: "why dim" }, payback.join("; ")) : null,
     t.coverage.length ? el("p", { class: "why dim" }, t.coverage.join("; ")) : null);
 }
 

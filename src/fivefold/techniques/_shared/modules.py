@@ -11,7 +11,6 @@ is stored as (in, out)).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,6 +111,8 @@ def forward(module: Any, tokens: Any) -> torch.Tensor:
 
 def workspace(model: Model, technique: str) -> Path:
     """A path below the builder's scratch folder that does not exist yet."""
+    import tempfile
+
     base = model.work or Path(tempfile.mkdtemp(prefix="fivefold."))
     folder = base / technique
     number = 2

@@ -11,6 +11,10 @@ the same for rows. A matrix is thus described by one (columns x columns) matrix 
 storage type follows without running the model again. A looked-up embedding has x = a unit vector: its damage is
 1/2 sum_v f_v sum_j G_j D_vj^2 with f the frequency of token v and G_j = E[b_j^2]; a tied embedding suffers both.
 
+H from few tokens is noisy, and whatever is fitted to it fits the noise. Rounding with feedback (`feedback`) to H from
+8,192 tokens left 0.37 of nearest rounding's error on those tokens and 0.73 on others (SmolLM2-135M, eight matrices);
+with H drawn towards its diagonal (`shrunk`) 0.40 and 0.63, with twice the tokens 0.60.
+
 On SmolLM2-135M the prediction and the directly measured KL of single matrices correlate at 0.98 in their logarithms
 (34 cases from q3_k to q5_0, spearman 0.97); single cases are off by up to a factor of two. It needs float32 room for H:
 columns^2 per matrix. The sum over matrices assumes that damages add, which holds while each is small.
@@ -22,7 +26,9 @@ arXiv 1905.12558).
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,13 +37,17 @@ from numpy.typing import NDArray
 from fivefold.model import Model, read_config
 from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names
 from fivefold.techniques._shared.modules import is_linear, stored_name
+from fivefold.weights import StoredTensor, check_safetensors, write_safetensors
 
 if TYPE_CHECKING:
     import torch
 
 Tokens = NDArray[np.int64]
 HEAD = "head"
+FILE = "curvatures.safetensors"
 JITTER = 1e-4
+UNCERTAIN = 4096
+"""Tokens at which an element of H off the diagonal is worth half."""
 
 
 @dataclass(kw_only=True)
@@ -51,10 +61,42 @@ class Curvature:
 
     def damage(self, error: torch.Tensor) -> float:
         """Predicted KL, nats per token, of adding `error` (rows, columns) to the matrix."""
-        total = float(self.rows @ (error @ self.root).square().sum(1))
+        import torch
+
+        return float(self.row_damage(error, torch.arange(len(error))).sum())
+
+    def row_damage(self, error: torch.Tensor, rows: Any) -> torch.Tensor:
+        """The part of each row (n,) in the damage, for errors (n, columns) of the rows numbered `rows`."""
+        total = self.rows[rows] * (error @ self.root).square().sum(1)
         if self.lookup_rows is not None:
-            total += float(self.lookup_rows @ (error.square() @ self.lookup_columns))
+            total = total + self.lookup_rows[rows] * (error.square() @ self.lookup_columns)
         return total / 2
+
+    def row_weights(self, matrix: NDArray[np.float32]) -> NDArray[np.float64]:
+        """How much an error in proportion to the weights would count in each row, (rows,)."""
+        import torch
+
+        squares = torch.from_numpy(matrix).square()
+        found = self.rows * (squares @ self.inputs.diagonal())
+        if self.lookup_rows is not None:
+            found = found + self.lookup_rows * (squares @ self.lookup_columns)
+        weights: NDArray[np.float64] = found.double().numpy()
+        return weights
+
+    def shrunk(self, tokens: int) -> Curvature:
+        """The same with H drawn towards its diagonal, as far as `tokens` tokens leave its other elements uncertain."""
+        import torch
+
+        share = UNCERTAIN / (UNCERTAIN + tokens)
+        inputs = (1 - share) * self.inputs + share * torch.diag(self.inputs.diagonal())
+        return replace(self, inputs=inputs)
+
+    @functools.cached_property
+    def upper(self) -> torch.Tensor:
+        """`feedback.factor` of `hessian()`."""
+        from fivefold.techniques._shared.feedback import factor
+
+        return factor(self.hessian())
 
     @functools.cached_property
     def root(self) -> torch.Tensor:
@@ -74,6 +116,26 @@ class Curvature:
         import torch
 
         return self.inputs * self.rows.sum() + torch.diag(self.lookup_columns * self.lookup_rows.sum())
+
+
+PARTS = ("inputs", "rows", "lookup_columns", "lookup_rows")
+
+
+def save_curvatures(folder: Path, found: Mapping[str, Curvature]) -> None:
+    """One file of all parts, so that each matrix can be read alone."""
+    parts = {f"{name}/{part}": value for name, c in found.items() for part in PARTS
+             if (value := getattr(c, part)) is not None}
+    write_safetensors(folder / FILE, parts)
+
+
+def load_curvature(folder: Path, name: str) -> Curvature:
+    stored = _stored(folder / FILE)
+    return Curvature(**{p: stored[f"{name}/{p}"].torch() for p in PARTS if f"{name}/{p}" in stored})
+
+
+@functools.lru_cache(maxsize=1)
+def _stored(file: Path) -> dict[str, StoredTensor]:
+    return check_safetensors(file)
 
 
 def curvatures(model: Model, module: Any, tokens: Tokens, seed: int = 0) -> dict[str, Curvature]:

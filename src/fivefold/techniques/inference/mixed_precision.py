@@ -10,9 +10,12 @@ the same H (GPTQ with a loss-aware Hessian); "nearest" rounds each block alone, 
 SmolLM2-135M feedback lowers the measured KL by a quarter (0.141 to 0.108 at 82 MB, 0.071 to 0.052 at 93 MB). Preparing
 the candidates costs some minutes per 100 M weights once; other budgets for the same model then take seconds.
 
-Lowers memory and network bytes at equal quality; decoding time follows the bytes, not the answers' quality. It does not
-help when one type suffices anyway (at 8 bits everything is nearly exact), or far below 4 bits, where damages no longer
-add and the prediction is too hopeful. Rows not a multiple of 256 wide have no type below 4.5 bits.
+Bytes are not time: on a CPU q5_1 may cost more per weight than q8_0. `time` is a second budget, on the seconds per
+weight of each type measured on this machine (`_shared/type_time`), so the choice then depends on that table.
+
+Lowers memory and network bytes at equal quality. It does not help when one type suffices anyway (at 8 bits everything
+is nearly exact), or far below 4 bits, where damages no longer add and the prediction is too hopeful. Rows not a
+multiple of 256 wide have no type below 4.5 bits.
 
 Sources: HAWQ-V3 (Yao et al., arXiv 2011.10680) for the programme; GPTQ (arXiv 2210.17323); SqueezeLLM (arXiv
 2306.07629) for the Fisher weights.
@@ -35,7 +38,6 @@ from fivefold.techniques._shared.gguf_types import fits, matrices
 WIDE = ("q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 NARROW = ("iq4_nl", "q5_0", "q5_1", "q8_0")
 WINDOW = 256
-DAMP = 0.01
 ROUNDING = {"nearest": 60_000.0, "feedback": 120_000.0}
 """Operations per weight to round it to all candidate types, as a share of the arithmetic rate (searches of scales)."""
 
@@ -54,6 +56,8 @@ class MixedPrecision(Technique):
     """Whether later columns make up for the error of earlier ones."""
     windows: Annotated[int, Range(1, 4096), Fixed()] = 32
     """Calibration windows of 256 tokens."""
+    time: Annotated[float, Range(0.0, 8.0), Search(0.0, 0.85)] = 0.0
+    """Most decode time of all matrices, as a multiple of the same with every matrix in q8_0; 0 sets no limit."""
 
     def check(self, model: Model) -> None:
         shapes = matrices(model)
@@ -64,6 +68,30 @@ class MixedPrecision(Technique):
                 f"{self} does not fit: the rows of {model.name} cannot go below {least / weights:.2f} bits per weight"
                 f" on average; set bits to {least / weights + 0.01:.2f} or more"
             )
+        self._check_time(model)
+
+    def _check_time(self, model: Model, refuse: bool = False) -> None:
+        """Refuse a time that no types within `bits` reach. Where types were never timed, nothing is refused yet."""
+        from fivefold.engines._type_speed import known
+        from fivefold.techniques._shared.type_time import least
+
+        speeds = known(model.blueprint) if self.time else None
+        if speeds is None:
+            return
+        shapes = matrices(model)
+        types = {name: candidates(columns) for name, (_, columns) in shapes.items()}
+        reached = least(shapes, types, speeds, self.bits)
+        if refuse or reached > self.time:
+            raise Misfit(
+                f"{self} does not fit: within {self.bits:g} bits per weight the matrices of {model.name} decode in"
+                f" {reached:.3f} times the time of q8_0 at least, as measured on this machine; set time to"
+                f" {reached + 0.02:.2f} or more, or allow more bits"
+            )
+
+    def inputs(self, model: Model) -> str:
+        from fivefold.engines._type_speed import measured
+
+        return measured(model.blueprint).digest if self.time else ""
 
     def effort_once(self, model: Model) -> float:
         passes = 6.0 * self.windows * WINDOW
@@ -73,27 +101,36 @@ class MixedPrecision(Technique):
         return model.but(export=replace(model.export, format="gguf", default="q8_0", embedding=None, types={}))
 
     def apply(self, model: Model) -> Model:
+        from fivefold.engines._type_speed import known, measured
         from fivefold.techniques._shared.candidates import prepare
         from fivefold.techniques._shared.modules import workspace
         from fivefold.techniques._shared.solver import choose
+        from fivefold.techniques._shared.type_time import shares
         from fivefold.weights import write_solved
 
         shapes = matrices(model)
         types = {name: candidates(columns) for name, (_, columns) in shapes.items()}
         feedback = self.rounding == "feedback"
-        found = prepare(model, types, windows=self.windows, length=WINDOW, feedback=feedback, damp=DAMP)
+        found = prepare(model, types, windows=self.windows, length=WINDOW, feedback=feedback)
         cost = {name: {kind: type_bits(kind) * shapes[name][0] * shapes[name][1] for kind in kinds}
                 for name, kinds in types.items()}
         weights = sum(rows * columns for rows, columns in shapes.values())
-        chosen = choose(found.damage, cost, self.bits * weights)
-        solved = {name: (kind, found.packed(name, kind)) for name, kind in chosen.items()}
+        speeds = measured(model.blueprint) if self.time else known(model.blueprint)
+        share = shares(shapes, types, speeds) if speeds else {}
+        limits = [(share, self.time)] if self.time else []
+        try:
+            chosen = choose(found.damage, (cost, self.bits * weights), *limits)
+        except ValueError:
+            self._check_time(model, refuse=True)
+            raise
+        done = found.round(chosen)
+        solved = {name: (kind, done.packed[name]) for name, kind in chosen.items()}
         folder = write_solved(workspace(model, "mixed_precision"), solved)
         planned = self.plan(model)
         spent = sum(cost[name][kind] for name, kind in chosen.items()) / weights
-        predicted = sum(found.damage[name][kind] for name, kind in chosen.items())
         return planned.but(export=replace(planned.export, types=chosen, solved=folder)).covered(
             f"mixed_precision: {len(chosen)} of {len(shapes)} matrices ({_counts(chosen)}), {spent:.2f} bits per"
-            f" weight, predicted KL {predicted:.4f}{found.note}"
+            f" weight, predicted KL {done.predicted:.4f}{_spent(share, chosen)}; {done.note}"
         )
 
 
@@ -102,6 +139,11 @@ def candidates(columns: int) -> tuple[str, ...]:
     if columns % 256 == 0:
         return WIDE
     return NARROW if fits("q8_0", columns) else ("f16",)
+
+
+def _spent(share: Mapping[str, Mapping[str, float]], chosen: Mapping[str, str]) -> str:
+    """Predicted decode time of the matrices; nothing where types were never timed on this machine."""
+    return f", {sum(share[name][kind] for name, kind in chosen.items()):.2f} times q8_0's decode time" if share else ""
 
 
 def _counts(chosen: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 The same weights run at different speeds in different runtimes, and none wins both phases: on two CPU cores and a
 model of 135 million parameters OpenVINO filled the prompt 2 to 5 times faster and llama.cpp decoded 1.4 to 1.7 times
 faster, from the same file. What pays depends on prompt and output lengths, so the engine is searched like a
-technique.
+technique. "openvino+llama.cpp" reads the prompt with the one and decodes with the other, at the memory of both.
 
 It changes no weight; answers differ only by rounding inside the runtime. Not every engine reads every file (llama.cpp
 reads GGUF, OpenVINO only some of its storage types), which is checked before any work.
