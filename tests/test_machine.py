@@ -100,6 +100,23 @@ def test_load_calibrates_once_and_again_when_asked_or_when_the_cache_is_broken(
     assert Machine.from_json(json.loads(file.read_text())) == Machine.load()
 
 
+@pytest.mark.parametrize(("quiet", "times"), [(True, 2), (False, 1)])
+def test_rates_taken_beside_other_work_are_taken_again_when_it_is_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet: bool, times: int
+) -> None:
+    calls: list[float] = []
+
+    def calibrate(self: Machine) -> Machine:
+        calls.append(0.6 if not calls else 0.0)
+        return replace(self, rates={"bandwidth.1": rate(1e9)}, others=calls[-1])
+
+    monkeypatch.setenv("FIVEFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(Machine, "calibrate", calibrate)
+    monkeypatch.setattr("fivefold.machine.quiet", lambda: quiet)
+    assert Machine.load().others == 0.6
+    assert [Machine.load().others for _ in range(2)] == [calls[-1]] * 2 and len(calls) == times
+
+
 def test_calibrated_rates_have_the_right_order_of_magnitude(tmp_path: Path) -> None:
     rates = module._bandwidths(1) | module._disk(tmp_path, 4 << 20)
     assert 5e8 < rates["bandwidth.1"].value < 5e12

@@ -37,6 +37,7 @@ from fivefold.quantity import Quantity
 PROTOCOL = 1  # raise it when a calibrated number changes its meaning: cached calibrations are then repeated
 ROUNDS = 7
 DISTURBED = 0.15  # a round in which others used more of the cores is repeated
+GLANCE = 0.5
 DTYPES = ("float32", "bfloat16", "int8")
 POWERCAP = Path("/sys/class/powercap")
 _ISA = {
@@ -118,12 +119,17 @@ class Machine:
 
     @classmethod
     def load(cls, refresh: bool = False) -> Machine:
-        """The calibrated machine, from the user's cache if it was calibrated before."""
+        """The calibrated machine, from the user's cache if it was calibrated before.
+
+        Rates that were taken while others used the cores are taken again once the machine is quiet.
+        """
         machine = cls.probe()
         file = cache_dir() / "machines" / f"{machine.id[:16]}-{PROTOCOL}.json"
         if file.is_file() and not refresh:
             try:
-                return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+                known = cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+                if known.others <= DISTURBED or not quiet():
+                    return known
             except (ValueError, KeyError, TypeError, AttributeError):
                 file.unlink(missing_ok=True)
         machine = machine.calibrate()
@@ -249,6 +255,13 @@ def _busy_seconds() -> list[float]:
     import psutil
 
     return [sum(c) - c.idle for c in psutil.cpu_times(percpu=True)]
+
+
+def quiet(most: float = DISTURBED) -> bool:
+    """Whether others use no more than that share of our cores, in half a second."""
+    with Neighbours() as neighbours:
+        time.sleep(GLANCE)
+    return neighbours.share <= most
 
 
 def others_share(*, wall: float, busy: float, own: float, cores: int) -> float:

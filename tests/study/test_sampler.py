@@ -131,6 +131,14 @@ def test_effects_of_techniques_add_up_in_the_regression(space: SearchSpace) -> N
     assert spread[2] > spread[0]
 
 
+def test_a_way_to_run_is_expected_to_leave_quality_as_it_is(space: SearchSpace) -> None:
+    a, both = Recipe.parse("prune_depth(layers=1)"), Recipe.parse("prune_depth(layers=1) + threads(count=2)")
+    other = Recipe.parse("prune_depth(layers=2)")
+    mean, spread = regress([(a, -1.0, 0.01)], [both, other], space, 0.15)
+    assert mean[0] == pytest.approx(-1.0, abs=0.05)
+    assert spread[0] < 0.5 * spread[1]
+
+
 def test_ours_meets_the_budget_where_chance_wastes_trials(space: SearchSpace, bare: Model) -> None:
     """With a limit only quantized files meet, the cost model keeps proposals inside it from the start."""
     limit = 0.9 * formula("parent")["size"]

@@ -9,18 +9,19 @@ import time
 from pathlib import Path
 
 import pytest
-from made_up import formula
+from made_up import formula, trial
 from run_made_up import policy, runner
 
 from fivefold.budget import Budget
 from fivefold.errors import BudgetError, Busy, Infeasible, StoreError, TimedOut, UserError
+from fivefold.metrics import METRICS
 from fivefold.model import Model
-from fivefold.quantity import Measurement
+from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe
 from fivefold.study import events as ev
 from fivefold.study.driver import Phase, Report
 from fivefold.study.feasible import NothingFits
-from fivefold.study.pareto import dominates, point, values_of
+from fivefold.study.pareto import Goal, dominates, point, values_of
 from fivefold.study.picks import picks
 from fivefold.study.policy import Stop, promoted, spent_seconds
 from fivefold.study.study import Study
@@ -87,6 +88,27 @@ def test_the_parent_comes_first_and_the_better_half_is_measured(done: Study) -> 
     assert all(t.sentence for t in trials if t.outcome is Outcome.PREDICTED or t.outcome.failed)
     assert len({t.recipe for t in trials}) == len(trials)
     assert promoted(trials, done.goal) is None
+
+
+def screened(number: int, recipe: str, low: float, high: float) -> Trial:
+    values = {"agreement": ((low + high) / 2, low, high), "size": (50e6, None, None), "latency": (1e-3, None, None)}
+    screen = Measurement({
+        name: Quantity(value=v, unit=METRICS[name].unit, method="measured", low=a, high=b, n=9)
+        for name, (v, a, b) in values.items()
+    })
+    return Trial(number=number, recipe=recipe, outcome=Outcome.SCREENED, screen=screen, predicted=screen)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_what_clearly_misses_the_budget_is_not_measured_once_something_meets_it(within: bool) -> None:
+    goal = Goal(("latency", "size"), Budget.parse("agreement>=0.85"))
+    parent = trial(0, "parent", latency=4e-3, size=500e6, agreement=1.0)
+    other = trial(1, 'gguf(type="q8_0")', latency=2e-3, size=200e6, agreement=0.94 if within else 0.80)
+    worse = trial(3, "prune_depth(layers=2)", latency=3e-3, size=400e6, agreement=0.30)
+    clear = screened(2, 'gguf(type="q4_0")', 0.60, 0.70)
+    assert promoted([parent, other, worse, clear], goal) == (None if within else clear)
+    doubtful = screened(2, 'gguf(type="q4_0")', 0.80, 0.88)
+    assert promoted([parent, other, worse, doubtful], goal) == doubtful
 
 
 def test_only_measurements_are_shown(done: Study) -> None:

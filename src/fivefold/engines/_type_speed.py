@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -29,7 +28,7 @@ from typing import Any
 
 from fivefold.engines._synthetic import Shape, block_sizes
 from fivefold.files import atomic_file, locked
-from fivefold.machine import Machine, Neighbours
+from fivefold.machine import Machine, quiet
 from fivefold.model import Blueprint
 from fivefold.paths import cache_dir
 
@@ -37,8 +36,6 @@ PROTOCOL = 1  # raise it when a number changes its meaning: remembered tables ar
 BASE = "q8_0"
 ROUGH = 0.3
 """Share of the cores used by others above which a table is not to be trusted."""
-GLANCE = 0.5
-"""Seconds to watch whether the machine is quiet."""
 
 Table = Mapping[str, float]
 
@@ -134,9 +131,7 @@ def settle(blueprint: Blueprint) -> TypeSpeeds | None:
     found = known(blueprint)
     if found is not None and found.others <= ROUGH:
         return found
-    with Neighbours() as neighbours:
-        time.sleep(GLANCE)
-    return found if neighbours.share > ROUGH else measured(blueprint, refresh=True)
+    return measured(blueprint, refresh=True) if quiet(ROUGH) else found
 
 
 @lru_cache(maxsize=64)

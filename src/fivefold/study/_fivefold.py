@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fivefold.recipe import Recipe
+from fivefold.metrics import METRICS
+from fivefold.recipe import Recipe, catalogue
 from fivefold.study.pareto import ON_TASKS, Goal, Point, Values, coordinate, point, ranks
 from fivefold.study.predictor import Forecast, Predictor
 from fivefold.study.sampler import SearchSpace, parts_of, seen
@@ -33,6 +34,8 @@ ALONE = 12
 QUALITY = ("agreement", "kl")
 SEEDS_FIRST, DRAWS, POINTS, RANDOM, BEST, MUTATIONS = 4, 32, 1024, 24, 6, 24
 NOISE, SCREEN_NOISE, PAIR = 0.03, 0.15, 0.1
+RUNTIME_QUALITY = 0.15
+"""What techniques that change no weight are expected to do to quality, as a share of what the others do."""
 Parts = dict[str, dict[str, Any]]
 Array = NDArray[np.float64]
 
@@ -154,7 +157,8 @@ class Fivefold:
             if value is not None and math.isfinite(value):
                 recipe = Recipe.parse(trial.recipe)
                 data.append((recipe, coordinate(metric, value) - prior(recipe), NOISE if seen_fully else SCREEN_NOISE))
-        mean, spread = regress(data, pool, space)
+        quality = METRICS[metric].resource == "quality"
+        mean, spread = regress(data, pool, space, RUNTIME_QUALITY if quality else 1.0)
         centre = np.array([prior(r) for r in pool]) + mean
         return centre[:, None] + spread[:, None] * noise.standard_normal((len(pool), DRAWS))
 
@@ -190,16 +194,20 @@ def seconds_spent(trial: Trial) -> float:
 
 
 def regress(
-    data: Sequence[tuple[Recipe, float, float]], pool: Sequence[Recipe], space: SearchSpace
+    data: Sequence[tuple[Recipe, float, float]], pool: Sequence[Recipe], space: SearchSpace, runtime: float = 1.0
 ) -> tuple[Array, Array]:
-    """Posterior mean and standard deviation for `pool` from (recipe, residual, noise) by the kernel of the module."""
+    """Posterior mean and standard deviation for `pool` from (recipe, residual, noise) by the kernel of the module.
+
+    `runtime` scales what is expected of techniques that change no weight.
+    """
     index = _features(space)
-    xs, xa = _encode(pool, index)
+    weight = np.array([runtime if catalogue()[name].runtime else 1.0 for name, *_ in index])
+    xs, xa = (x * weight for x in _encode(pool, index))
     scale = max(0.05, float(np.mean([y * y for _, y, _ in data])) ** 0.5 if data else 1.0)
     prior = _kernel(xs, xa, xs, xa).diagonal()
     if not data:
         return np.zeros(len(pool)), scale * np.sqrt(prior)
-    ds, da = _encode([r for r, _, _ in data], index)
+    ds, da = (x * weight for x in _encode([r for r, _, _ in data], index))
     y = np.array([v for _, v, _ in data]) / scale
     noise = np.array([n for _, _, n in data]) / max(scale, 0.2)
     k = _kernel(ds, da, ds, da) + np.diag(noise**2 + 1e-6)

@@ -188,7 +188,10 @@ def spent_seconds(trials: Sequence[Trial]) -> float:
 
 
 def promoted(trials: Sequence[Trial], goal: Goal) -> Trial | None:
-    """The first screened trial that belongs to the better half of all that were screened; None when there is none."""
+    """The first screened trial that belongs to the better half of all that were screened; None when there is none.
+
+    Once a trial within the budget was measured, one whose screen says clearly that it is not is never promoted.
+    """
     parent: Mapping[str, float | None] = estimate(trials[0])
     goal = goal.of_screen()
     known = [
@@ -199,4 +202,17 @@ def promoted(trials: Sequence[Trial], goal: Goal) -> Trial | None:
     layers = ranks([p for p, _ in known], [min(e, 1e9) for e in excess])
     order = sorted(range(len(known)), key=lambda i: (layers[i], known[i][1].number))
     better = order[: math.ceil(len(order) / 2)]
-    return next((known[i][1] for i in better if known[i][1].outcome is Outcome.SCREENED), None)
+    served = any(e <= 0 and t.outcome is Outcome.MEASURED for e, (_, t) in zip(excess, known, strict=True))
+    return next((
+        t for i in better if (t := known[i][1]).outcome is Outcome.SCREENED and not (served and misses(t, goal, parent))
+    ), None)
+
+
+def misses(trial: Trial, goal: Goal, parent: Mapping[str, float | None]) -> bool:
+    """Whether the whole interval of something screened lies outside its limit."""
+    for limit in goal.budget:
+        seen = trial.screen.get(limit.metric)
+        end = None if seen is None else seen.low if limit.upper else seen.high
+        if end is not None and (limit.excess({limit.metric: end}, parent) or 0.0) > 0:
+            return True
+    return False

@@ -48,7 +48,7 @@ from fivefold.techniques._shared.gguf_types import bits
 
 _EFFICIENCY = {"f32": 0.55, "f16": 0.6, "bf16": 0.6, "q8_0": 0.34}
 _TORCH_EFFICIENCY, _OTHER_EFFICIENCY, _PREFILL_EFFICIENCY = 0.22, 0.3, 0.5
-_BASE_MEMORY = {"torch": 450e6}
+_BASE_MEMORY = {"torch": 450e6, "llama.cpp": 40e6, "openvino": 370e6, "openvino+llama.cpp": 700e6}
 _USD_PER_SECOND = 1e-5
 PHASES = ("build", "screen", "measure", "quality", "overhead")
 RESOURCES = ("flops", "latency", "ttft", "request", "decode", "prefill", "memory", "size", "kv", "energy", "carbon",
@@ -183,7 +183,7 @@ class Predictor:
         return {
             "flops": limits.flops_per_token, "latency": latency, "ttft": ttft, "request": request, "decode": decode,
             "prefill": prefill, "size": o.weight_bytes, "network": o.weight_bytes, "kv": cache,
-            "memory": o.weight_bytes + cache * (self.prompt + self.output) + _BASE_MEMORY.get(o.engine, 90e6),
+            "memory": o.weight_bytes + cache * (self.prompt + self.output) + _BASE_MEMORY.get(o.engine, 400e6),
             "energy": per_token * watts, "carbon": per_token * watts / 3.6e6 * 450 * 1e6,
             "money": per_token * _USD_PER_SECOND * 1e6,
         }

@@ -5,10 +5,11 @@ from the unrounded model is predicted from one set of backward passes over calib
 see `_shared/sensitivity`), and an exact solver picks one type per matrix so that the sum is least at the wanted average
 of bits per weight. Bytes of the matrices = bits x weights / 8; the embedding counts.
 
-With `rounding="feedback"` the error of each block of columns is passed on to the columns not yet rounded, weighed by
-the same H (GPTQ with a loss-aware Hessian); "nearest" rounds each block alone, weighed by H's diagonal. On
-SmolLM2-135M feedback lowers the measured KL by a quarter (0.141 to 0.108 at 82 MB, 0.071 to 0.052 at 93 MB). Preparing
-the candidates costs some minutes per 100 M weights once; other budgets for the same model then take seconds.
+With `rounding="feedback"` the error of each column is passed on to the columns not yet rounded, weighed by the same H
+(`_shared/feedback`: GPTQ with a loss-aware Hessian, then scales and codes fitted again); "nearest" rounds each block
+alone, weighed by H's diagonal. On SmolLM2-135M feedback lowers the measured KL by more than a third (0.161 to 0.099 at
+80 MB). Preparing a model of 135 M weights takes 80 s once on two cores; then 60 s for the first budget and half of that
+for others (`_shared/candidates`).
 
 Bytes are not time: on a CPU q5_1 may cost more per weight than q8_0. `time` is a second budget, on the seconds per
 weight of each type measured on this machine (`_shared/type_time`), so the choice then depends on that table.
@@ -38,8 +39,10 @@ from fivefold.techniques._shared.gguf_types import fits, matrices
 WIDE = ("q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
 NARROW = ("iq4_nl", "q5_0", "q5_1", "q8_0")
 WINDOW = 256
-ROUNDING = {"nearest": 60_000.0, "feedback": 120_000.0}
-"""Operations per weight to round it to all candidate types, as a share of the arithmetic rate (searches of scales)."""
+JUDGING = 28_000.0
+"""Operations per weight to predict the damage of all candidate types, as a share of the arithmetic rate."""
+ROUNDING = {"nearest": 8_000.0, "feedback": 35_000.0}
+"""The same to round what is chosen; much of it was rounded for another budget already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,10 @@ class MixedPrecision(Technique):
         return measured(model.blueprint).digest if self.time else ""
 
     def effort_once(self, model: Model) -> float:
-        passes = 6.0 * self.windows * WINDOW
-        return model.blueprint.parameters * (passes + ROUNDING[self.rounding])
+        return model.blueprint.parameters * (6.0 * self.windows * WINDOW + JUDGING)
+
+    def effort(self, model: Model) -> float:
+        return model.blueprint.parameters * ROUNDING[self.rounding]
 
     def plan(self, model: Model) -> Model:
         return model.but(export=replace(model.export, format="gguf", default="q8_0", embedding=None, types={}))
