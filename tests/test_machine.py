@@ -88,7 +88,7 @@ def test_load_calibrates_once_and_again_when_asked_or_when_the_cache_is_broken(
 
     def calibrate(self: Machine) -> Machine:
         calls.append(1)
-        return replace(self, rates={"bandwidth.1": rate(float(len(calls)))}, date="2026-01-01", others=0.25)
+        return replace(self, rates={"bandwidth.1": rate(float(len(calls)))}, date="2026-01-01", others=0.1)
 
     monkeypatch.setattr(Machine, "calibrate", calibrate)
     first = Machine.load()
