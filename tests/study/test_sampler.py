@@ -139,6 +139,15 @@ def test_a_way_to_run_is_expected_to_leave_quality_as_it_is(space: SearchSpace) 
     assert spread[0] < 0.5 * spread[1]
 
 
+def test_a_storage_type_teaches_about_the_next_in_size(space: SearchSpace) -> None:
+    def of(kind: str) -> Recipe:
+        return Recipe.parse(f'gguf(type="{kind}")')
+
+    known = [(of("q8_0"), 0.0, 0.01), (of("q4_1"), -1.0, 0.01)]
+    mean, _ = regress(known, [of("q4_0"), of("q5_0"), of("q5_1")], space)
+    assert mean[0] < mean[2] and mean[1] < mean[2]
+
+
 def test_ours_meets_the_budget_where_chance_wastes_trials(space: SearchSpace, bare: Model) -> None:
     """With a limit only quantized files meet, the cost model keeps proposals inside it from the start."""
     limit = 0.9 * formula("parent")["size"]

@@ -13,6 +13,8 @@ crossings, and some at random (Emmerich 2006 for the gain; Snoek et al. 2012 for
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
 import random
@@ -28,6 +30,7 @@ from fivefold.study.pareto import ON_TASKS, Goal, Point, Values, coordinate, poi
 from fivefold.study.predictor import Forecast, Predictor
 from fivefold.study.sampler import SearchSpace, parts_of, seen
 from fivefold.study.trial import Outcome, Trial, estimate
+from fivefold.techniques._shared.gguf_types import bits
 
 ALONE = 12
 """Settings of each technique alone that are considered at each step."""
@@ -227,7 +230,7 @@ def _features(space: SearchSpace) -> dict[tuple[str, str, Any], int]:
 
 
 def _encode(recipes: Sequence[Recipe], index: dict[tuple[str, str, Any], int]) -> tuple[Array, Array]:
-    """Settings, and presence alone: shapes (recipes, features). Ordered values share with their neighbours."""
+    """Settings, and presence alone: shapes (recipes, features). Values with a size share with their neighbours."""
     settings, presence = np.zeros((len(recipes), len(index))), np.zeros((len(recipes), len(index)))
     by_field: dict[tuple[str, str], list[tuple[Any, int]]] = {}
     for (name, key, value), i in index.items():
@@ -240,18 +243,33 @@ def _encode(recipes: Sequence[Recipe], index: dict[tuple[str, str, Any], int]) -
                 if key == "":
                     settings[row, places[0][1]] = presence[row, places[0][1]] = 1.0
                     continue
-                now = getattr(t, key)
-                ordered = all(isinstance(v, int | float) and not isinstance(v, bool) for v, _ in places)
-                for rank, (value, i) in enumerate(places):
-                    if value == now:
-                        settings[row, i] = 0.7
-                    elif ordered and abs(rank - _rank(now, places)) == 1:
-                        settings[row, i] = 0.4
+                for i, share in _likeness(getattr(t, key), tuple(places)):
+                    settings[row, i] = share
     return settings, presence
 
 
-def _rank(value: Any, places: Sequence[tuple[Any, int]]) -> int:
-    return next((rank for rank, (v, _) in enumerate(places) if v == value), -9)
+@functools.lru_cache(maxsize=4096)
+def _likeness(now: Any, places: tuple[tuple[Any, int], ...]) -> tuple[tuple[int, float], ...]:
+    """(feature, share) of a value: its own, and where values have a size those of the next smaller and larger ones."""
+    sizes = [_size(v) for v, _ in places]
+    order = sorted({s for s in sizes if s is not None})
+    mine = _size(now)
+    at = order.index(mine) if None not in sizes and mine in order else None
+    out = []
+    for (value, i), size in zip(places, sizes, strict=True):
+        if value == now and type(value) is type(now):
+            out.append((i, 0.7))
+        elif at is not None and size is not None and abs(order.index(size) - at) <= 1:
+            out.append((i, 0.4))
+    return tuple(out)
+
+
+def _size(value: Any) -> float | None:
+    """What orders a value: a number itself, a storage type by its bits per weight."""
+    if isinstance(value, str):
+        with contextlib.suppress(KeyError):
+            return bits(value)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _kernel(xs: Array, xa: Array, ys: Array, ya: Array) -> Array:

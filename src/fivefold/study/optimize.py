@@ -40,6 +40,8 @@ MEASURE_SHARE, DEFAULT_TIME = 0.06, 900.0
 ITEMS = 100
 TURN_SHARE = 0.08
 """Of the allowance, kept for measuring the picks in turn with the parent."""
+LEAST_WINDOWS = 4
+"""Of any sample: an interval needs several."""
 LEAST_SECONDS = 120.0
 """No phase of a trial may take longer than the whole allowance, but this much it may always take."""
 
@@ -152,5 +154,5 @@ def calibration_text(text: str, out: Path) -> Path:
 def _windows(tokenizer: Tokenizer, text: str, split: str, tokens: int, context: int) -> list[list[int]]:
     from fivefold.tasks.text import windows
 
-    size = min(WINDOW, context, tokens)
+    size = min(WINDOW, context, tokens // LEAST_WINDOWS)
     return windows(tokenizer, text, "screen" if split == "screen" else "evaluation", tokens, size)
