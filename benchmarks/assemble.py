@@ -12,11 +12,10 @@ FRAGMENTS = DOCS / "benchmarks"
 ORDER = ("serving", "quantization", "repair", "study", "search", "engine_overhead", "serve_load")
 PREFACE = """# Benchmarks
 
-Every section names the script of `benchmarks/` that writes it, with machine and date. Two of them, which say so, still
-hold figures of single runs until their script has been run whole. Ratios are taken within a round, then their median
-over the rounds, so that a machine that drifts is in both sides; brackets are 95 % intervals (with fewer than 6 rounds:
-the full range). A goal stands beside its result also where it was missed. Times move with the machine: run the commands
-on yours.
+Every section names the script of `benchmarks/` that writes it, with machine and date. Ratios are taken within a round,
+then their median over the rounds, so that a machine that drifts is in both sides; brackets are 95 % intervals (with
+fewer than 6 rounds: the full range). A goal stands beside its result also where it was missed. Times move with the
+machine: run the commands on yours.
 """
 
 

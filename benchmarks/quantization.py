@@ -1,30 +1,32 @@
 """Mixed precision against a plain solver and the standard types, in llama.cpp, at equal bytes.
 
-    python benchmarks/quantization.py [--sizes 80,92,98,102,112,125] [--windows 4] [--standard]
+    python benchmarks/quantization.py [--sizes 80,92,98,102,112,125] [--rounding nearest,feedback] [--windows 4]
 
 Every file is SmolLM2-135M (the off-grid parent) and is run by llama.cpp on the same evaluation text: encyclopedia leads
 that no calibration reads, in windows of 512 tokens. KL and agreement are against the parent in F32 in the same engine.
 
 The plain solver is what a careful person writes in an afternoon: each tensor alone set to IQ4_NL and to Q5_0, KL
 measured in torch on 384 calibration tokens, costs added up, the other types by their squared error, one Lagrange
-multiplier over {IQ4_NL, Q5_0, Q5_1, Q8_0}, no importance matrix.
+multiplier over {IQ4_NL, Q5_0, Q5_1, Q8_0}, no importance matrix. "Standard" files are one type for all matrices and for
+the embedding, and each type with the embedding in Q8_0, as llama.cpp writes them without an importance matrix.
+
+Speeds are medians over rounds in which every file that is kept open has its turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _common import publish
 from numpy.typing import NDArray
 
 from fivefold import bundled
@@ -42,7 +44,6 @@ from fivefold.tokenizer import Tokenizer
 WINDOW = 512
 PLAIN = ("iq4_nl", "q5_0", "q5_1", "q8_0")
 STANDARD = ("iq4_nl", "q4_1", "q5_0", "q5_1", "q8_0")
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 Array = NDArray[Any]
 
 
@@ -83,7 +84,7 @@ class Judge:
         finally:
             session.close()
 
-    def row(self, name: str, model: Model, *, speed: bool = False, note: str = "") -> Row:
+    def row(self, name: str, model: Model, *, note: str = "") -> Row:
         kl, same, loss = [], [], []
         for window, ours, theirs in zip(self.tokens, self.answers(model), self.parent, strict=True):
             reference = theirs.astype(np.float32)
@@ -92,7 +93,7 @@ class Judge:
             loss.append(-ours[np.arange(WINDOW - 1), window[1:]])
         return Row(
             name=name, megabytes=weight_bytes(model) / 1e6, kl=float(np.mean(kl)), note=note,
-            agreement=float(np.mean(same)), loss=float(np.mean(loss)), decode=decode_speed(model) if speed else None,
+            agreement=float(np.mean(same)), loss=float(np.mean(loss)),
         )
 
 
@@ -101,20 +102,22 @@ def weight_bytes(model: Model) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def decode_speed(model: Model, tokens: int = 64, rounds: int = 3) -> float:
-    """Median tokens per second of greedy decoding after a prompt of 128."""
-    session = open_session(model.but(run=replace(model.run, threads=2)))
-    speeds = []
+def decode_speeds(models: Sequence[Model], tokens: int = 64, rounds: int = 5) -> list[float]:
+    """Median tokens per second of greedy decoding after a prompt of 128, the files in turn."""
+    sessions = [open_session(model.but(run=replace(model.run, threads=2))) for model in models]
+    speeds: list[list[float]] = [[] for _ in sessions]
     try:
-        for _ in range(rounds):
-            stream = iter(session.generate(list(range(1000, 1128)), tokens))
-            next(stream)
-            start = time.perf_counter()
-            count = sum(1 for _ in stream)
-            speeds.append(count / (time.perf_counter() - start))
+        for turn in range(rounds):
+            for i in range(len(sessions)) if turn % 2 else reversed(range(len(sessions))):
+                stream = iter(sessions[i].generate(list(range(1000, 1128)), tokens))
+                next(stream)
+                start = time.perf_counter()
+                count = sum(1 for _ in stream)
+                speeds[i].append(count / (time.perf_counter() - start))
     finally:
-        session.close()
-    return float(np.median(speeds))
+        for session in sessions:
+            session.close()
+    return [float(np.median(found)) for found in speeds]
 
 
 def plain_damage(parent: Model) -> dict[str, dict[str, float]]:
@@ -227,45 +230,76 @@ def table(rows: Sequence[Row], reference: Callable[[Row], Row | None]) -> str:
     return "\n".join(lines)
 
 
-def machine_line() -> str:
-    import os
+def goals(rows: Sequence[Row]) -> str:
+    """Each goal with what was reached, over all sizes."""
+    ours = [r for r in rows if r.name.startswith("mixed_precision feedback")]
+    plain = {r.name.split()[-1]: r for r in rows if r.name.startswith("plain")}
+    standard = [r for r in rows if r not in ours and r not in plain.values() and not r.name.startswith("mixed")]
+    ratios = [r.kl / plain[r.name.split()[-1]].kl for r in ours]
+    said = [
+        f"- KL at most 0.9x the plain solver's at every size: **{_verdict(max(ratios) <= 0.9)}**,"
+        f" {min(ratios):.2f} to {max(ratios):.2f}",
+        f"- at most 0.5x (asked of it with repair; here without): **{_verdict(max(ratios) <= 0.5)}**",
+    ]
+    beaten = []
+    for one in standard:
+        as_good = [r for r in ours if r.kl <= one.kl]
+        smaller = any(r.megabytes < one.megabytes for r in as_good)
+        faster = any((r.decode or 0.0) > (one.decode or 0.0) for r in as_good)
+        beaten.append((one.name, smaller, faster))
+    missed = [name for name, smaller, faster in beaten if not (smaller or faster)]
+    said.append(
+        f"- at no more KL smaller or faster than each of {len(beaten)} standard files: **{_verdict(not missed)}**"
+        f" (smaller than {sum(b for _, b, _ in beaten)}, faster than {sum(f for *_, f in beaten)}"
+        f"{'; not ' + ', '.join(missed) if missed else ''})"
+    )
+    return "\n".join(said)
 
-    return f"{datetime.date.today()}, {os.cpu_count()} cores, {platform.machine()}, {platform.system()}"
+
+def _verdict(reached: bool) -> str:
+    return "reached" if reached else "not reached"
+
+
+def standard(parent: Model, work: Path) -> Iterator[tuple[str, Model]]:
+    for kind in STANDARD:
+        for embedding in dict.fromkeys((kind, "q8_0")):
+            plan = ExportPlan(format="gguf", default=kind, embedding=embedding)
+            yield f"{kind} / {embedding}", export(parent.but(export=plan), work / f"{kind}-{embedding}")
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--sizes", default="80,92,98,102,112,125")
+    options.add_argument("--sizes", default="80,92,98,105,112,125,130")
     options.add_argument("--rounding", default="feedback", help="nearest,feedback")
     options.add_argument("--windows", type=int, default=4, help="evaluation windows of 512 tokens")
-    options.add_argument("--standard", action="store_true", help="measure the standard types too")
-    options.add_argument("--speed", action="store_true", help="measure decoding speed too")
+    options.add_argument("--quick", action="store_true", help="no standard types, and write no fragment")
     given = options.parse_args()
     parent = bundled.load("smollm2-135m")
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         judge, extra = Judge(parent, given.windows, work), overhead(parent, work)
+        models: list[Model] = []
 
         def add(name: str, model: Model) -> None:
-            rows.append(judge.row(name, model, speed=given.speed))
+            rows.append(judge.row(name, model))
+            models.append(model)
             print(rows[-1], flush=True)
-            model.path.unlink()
 
-        for kind in STANDARD if given.standard else ():
-            plan = ExportPlan(format="gguf", default=kind)
-            add(kind, export(parent.but(export=plan), work / kind))
+        for name, model in () if given.quick else standard(parent, work):
+            add(name, model)
         for size in map(float, given.sizes.split(",")):
             add(f"plain solver {size:g}", plain_file(parent, size, work, extra))
             for rounding in given.rounding.split(","):
                 add(f"mixed_precision {rounding} {size:g}", our_file(parent, size, rounding, work, extra))
+        rows = [replace(row, decode=speed) for row, speed in zip(rows, decode_speeds(models), strict=True)]
     plain = {row.name.split()[-1]: row for row in rows if row.name.startswith("plain")}
     text = table(rows, lambda row: plain.get(row.name.split()[-1]) if row.name.startswith("mixed") else None)
-    title = (f"## Mixed precision at equal bytes\n\nSmolLM2-135M off-grid parent, llama.cpp, {given.windows * WINDOW}"
-             f" evaluation tokens, {machine_line()}. `python benchmarks/quantization.py`\n\n")
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "quantization.md").write_text(title + text + "\n", encoding="utf-8")
-    print(text)
+    what = (f"SmolLM2-135M off-grid parent in llama.cpp, {given.windows * WINDOW} evaluation tokens in windows of"
+            f" {WINDOW}; KL and agreement against the parent in F32 in the same engine. Standard files: type of the"
+            " matrices / of the embedding.")
+    publish("quantization", "Mixed precision at equal bytes", f"{what}\n\n{goals(rows)}\n\n{text}",
+            packages=("xllamacpp", "torch"), keep=not given.quick)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
     python benchmarks/record.py table.json [--out runs/table] [--minutes 40]
 
 A search measures only what looks promising, so its own trials would favour it; here every recipe of the grid (a way to
-build, times a way to run) is built, screened and measured with two rounds of the chat workload. What settings of one technique share (the curvatures of
-`mixed_precision`) is prepared before, so that it is not the first setting alone that pays for it. Killed, it goes on
-where it was. Recipes that do not fit are left out; those that fail stay in the table as failures.
+build, times a way to run) is built, screened and measured with two rounds of the chat workload. What the settings of
+one technique share (the curvatures of `mixed_precision`) is prepared before, so that it is not the first setting alone
+that pays for it. Killed, it goes on where it was. Recipes that do not fit are left out; those that fail stay in the
+table as failures.
 """
 
 from __future__ import annotations

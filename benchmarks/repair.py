@@ -1,10 +1,9 @@
 """Repair by distillation: what it wins back after mixed precision, and after dropping layers.
 
-    python benchmarks/repair.py [--sizes 80,92,102,112,125] [--steps 160] [--windows 4] [--speed]
+    python benchmarks/repair.py [--sizes 80,92] [--steps 60] [--layers 2] [--windows 4]
 
-Model, text and engine as in quantization.py. At each size: the plain solver (see there), `mixed_precision` alone, and
-`mixed_precision + repair`; then `prune_depth(layers=2)` in torch without and with repair. Training takes about 8 s per
-step of 1,024 tokens on two idle cores.
+Model, text and engine as in quantization.py. At each size `mixed_precision` without and with `repair`; then layers
+dropped, without and with repair, stored in Q8_0. Training takes 3 to 8 s per step of 1,024 tokens on two idle cores.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from quantization import DOCS, WINDOW, Judge, Row, machine_line, overhead, plain_file, table
+from _common import publish
+from quantization import WINDOW, Judge, Row, overhead, table
 
 from fivefold import bundled
 from fivefold.export import export
@@ -34,44 +34,41 @@ def built(parent: Model, recipe: str, folder: Path) -> tuple[Model, str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--sizes", default="80,92,102,112,125")
-    options.add_argument("--steps", type=int, default=160)
+    options.add_argument("--sizes", default="80,92")
+    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--layers", type=int, default=2, help="layers dropped before the repair of a pruned model")
     options.add_argument("--windows", type=int, default=4, help="evaluation windows of 512 tokens")
-    options.add_argument("--speed", action="store_true", help="measure decoding speed too")
-    options.add_argument("--no-plain", action="store_true", help="leave the plain solver out")
+    options.add_argument("--quick", action="store_true", help="write no fragment")
     given = options.parse_args()
     parent = bundled.load("smollm2-135m")
     weights = sum(rows * columns for rows, columns in matrices(parent).values())
     rows: list[Row] = []
-    plain: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         judge, extra = Judge(parent, given.windows, work), overhead(parent, work)
 
-        def add(name: str, model: Model, note: str = "") -> Row:
-            rows.append(judge.row(name, model, speed=given.speed, note=note))
+        def add(name: str, recipe: str) -> None:
+            model, said = built(parent, recipe, work / "recipe")
+            rows.append(judge.row(name, model, note=said))
             print(rows[-1], flush=True)
-            return rows[-1]
-
-        def try_recipe(name: str, recipe: str) -> None:
-            add(name, *built(parent, recipe, work / "recipe"))
             shutil.rmtree(work / "recipe")
 
-        for size in given.sizes.split(","):
-            if not given.no_plain:
-                plain[size] = add(f"plain solver {size}", plain_file(parent, float(size), work, extra))
+        repair = f"repair(steps={given.steps})"
+        for size in filter(None, given.sizes.split(",")):
             mixed = f"mixed_precision(bits={(float(size) * 1e6 - extra) * 8 / weights:.5f})"
-            try_recipe(f"mixed_precision {size}", mixed)
-            try_recipe(f"mixed_precision + repair {size}", f"{mixed} + repair(steps={given.steps})")
-        try_recipe("prune_depth(layers=2)", "prune_depth(layers=2)")
-        try_recipe("prune_depth(layers=2) + repair", f"prune_depth(layers=2) + repair(steps={given.steps})")
-    text = table(rows, lambda row: None if row.name.startswith("plain") else plain.get(row.name.split()[-1]))
+            add(f"mixed_precision {size}", mixed)
+            add(f"mixed_precision + repair {size}", f"{mixed} + {repair}")
+        pruned, stored = f"prune_depth(layers={given.layers})", 'gguf(type="q8_0", embedding="q8_0")'
+        add(f"{pruned} + q8_0", f"{pruned} + {stored}")
+        add(f"{pruned} + repair + q8_0", f"{pruned} + {repair} + {stored}")
+    before = {row.name.replace(" + repair", ""): row for row in rows if "repair" not in row.name}
+    text = table(rows, lambda row: before.get(row.name.replace(" + repair", "")) if "repair" in row.name else None)
+    text = text.replace("ratio to the plain solver", "ratio to without repair")
     notes = "\n".join(f"- {row.name}: {row.note}" for row in rows if "repair" in row.name)
-    title = (f"## Repair by distillation\n\nSmolLM2-135M off-grid parent, {given.windows * WINDOW} evaluation tokens,"
-             f" {machine_line()}. `python benchmarks/repair.py --steps {given.steps}`\n\n")
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "repair.md").write_text(f"{title}{text}\n\n{notes}\n", encoding="utf-8")
-    print(text)
+    what = (f"SmolLM2-135M off-grid parent in llama.cpp, {given.windows * WINDOW} evaluation tokens;"
+            f" {given.steps} steps of 1,024 tokens.")
+    publish("repair", "Repair by distillation", f"{what}\n\n{text}\n\n{notes}", packages=("torch",),
+            keep=not given.quick)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/search.py table.json --objectives latency,size,kl --budget "size<=0.5x" --out search.json
 
-`table.json` is a `fivefold.testing.Table` (`--record STUDY` writes one from a study's folder). Each sampler replays the
+`table.json` is a `fivefold.testing.Table` (`record.py` measures one; `--record STUDY`
+writes one from a study's folder). Each sampler replays the
 table through the same policy (predict, screen, verify), five seeds, until its trials have cost `--seconds` (default:
 a third of what the whole table cost). Reported: hypervolume of the front within the budget over seconds spent, as a
 share of the hypervolume of the whole table's front, median and range over seeds. The numbers are the same on every

@@ -37,6 +37,7 @@ ALONE = 12
 QUALITY = ("agreement", "kl")
 SEEDS_FIRST, DRAWS, POINTS, RANDOM, BEST, MUTATIONS = 4, 32, 1024, 24, 6, 24
 NOISE, SCREEN_NOISE, PAIR = 0.03, 0.15, 0.1
+FAR = 0.95
 RUNTIME_QUALITY = 0.15
 """What techniques that change no weight are expected to do to quality, as a share of what the others do."""
 Parts = dict[str, dict[str, Any]]
@@ -283,14 +284,15 @@ def expected_gain(
 ) -> Array:
     """Mean hypervolume each candidate adds, as a share of the box from the best place drawn to the reference.
 
+    The reference lies beyond the worst that is drawn, so that a new compromise counts however far from the known ones.
     `places` has shape (candidates, draws, objectives). By sampling: the share of points of the box that a draw
     dominates and the front does not.
     """
     everything = np.concatenate([places.reshape(-1, places.shape[-1]), np.array([parent, *front])])
     known = np.array([parent, *front])
     low = np.quantile(everything, 0.02, axis=0)
-    high = known.max(axis=0) + 0.1 * np.maximum(known.max(axis=0) - low, 1e-6)
-    low = np.minimum(low, known.min(axis=0))
+    low, worst = np.minimum(low, known.min(axis=0)), np.maximum(known.max(axis=0), np.quantile(everything, FAR, axis=0))
+    high = worst + 0.1 * np.maximum(worst - low, 1e-6)
     box = low + noise.random((POINTS, places.shape[-1])) * (high - low)
     for p in front:
         box = box[~np.all(box >= np.array(p), axis=1)]
