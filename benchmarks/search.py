@@ -1,13 +1,13 @@
 """Compare samplers on recorded trials at equal spend: ours, random, TPE, NSGA-II.
 
-    python benchmarks/search.py table.json --objectives latency,size,kl --budget "size<=0.5x" --out search.json
+    python benchmarks/search.py table.json [--objectives latency,size,kl --budget "size<=0.5x"] [--out search.json]
 
-`table.json` is a `fivefold.testing.Table` (`record.py` measures one; `--record STUDY`
-writes one from a study's folder). Each sampler replays the
-table through the same policy (predict, screen, verify), five seeds, until its trials have cost `--seconds` (default:
-a third of what the whole table cost). Reported: hypervolume of the front within the budget over seconds spent, as a
-share of the hypervolume of the whole table's front, median and range over seeds. The numbers are the same on every
-machine; only the time to compute them differs.
+`table.json` is a `fivefold.testing.Table` (`record.py` measures one; `--record STUDY` writes one from a study's
+folder). Each sampler replays the table through the same policy (predict, screen, verify), five seeds, until its trials
+have cost `--seconds` (default: a third of what the whole table cost). Reported: hypervolume of the front within the
+budget over seconds spent, as a share of the hypervolume of the whole table's front, median and range over seeds; and at
+which part of the spend ours has reached what another ends with. Without `--objectives` the main job's goal and one
+without a budget are replayed. The numbers are the same on every machine; only the time to compute them differs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -35,7 +35,10 @@ from fivefold.study.trial import Trial
 from fivefold.testing import ReplayMeter, Table
 
 SEEDS = 5
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = tuple(n / 50 for n in range(1, 51))
+SHOWN = range(4, 50, 5)
+GOALS = (("latency,energy,size", "memory<=260MB, agreement>=0.85"), ("latency,size,kl", ""))
+WANTED = 1 / 3
 
 
 class Ruler:
@@ -107,7 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--record", type=Path, help="folder of a study to write the table from, and stop")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--objectives", default="latency,size,kl")
+    parser.add_argument("--objectives")
     parser.add_argument("--budget", default="")
     parser.add_argument("--seconds", type=float)
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -118,22 +121,39 @@ def main(arguments: Sequence[str]) -> None:
         Table.of(Study.open(given.record).trials).save(given.table)
         return
     table = Table.load(given.table)
-    goal = Goal(objectives(given.objectives), Budget.parse(given.budget))
     seconds = given.seconds or spent_seconds(list(table.trials.values())) / 3
-    found = compare(table, goal, load(given.model), Machine.load(), seconds, given.seeds)
+    model, machine = load(given.model), Machine.load()
+    parts, kept = [f"{len(table.trials)} recorded trials, {seconds:.0f} s of them for each search."], {}
+    for names, budget in ((given.objectives, given.budget),) if given.objectives else GOALS:
+        found = compare(table, Goal(objectives(names), Budget.parse(budget)), model, machine, seconds, given.seeds)
+        kept[f"{names} within {budget}"] = found
+        within = f"budget `{budget}`" if budget else "no budget"
+        what = (f"**{names}**, {within}. Share of the best hypervolume after each part of the spend, median of"
+                f" {given.seeds} seeds.")
+        parts += [what, shown(found), verdict(found)]
     if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        given.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    publish("search", "Samplers at equal spend", "\n\n".join(parts), packages=("optuna",), keep=not given.quick)
+
+
+def shown(found: Mapping[str, Mapping[str, list[float]]]) -> str:
     rows = [
-        [name, *(number(v) for v in row["median"]), f"{number(row['least'][-1])} to {number(row['most'][-1])}"]
+        [name, *(number(row["median"][i]) for i in SHOWN), f"{number(row['least'][-1])} to {number(row['most'][-1])}"]
         for name, row in found.items()
     ]
-    heads = ["sampler", *(f"{share:.0%}" for share in SHARES), "range at 100 %"]
-    what = (
-        f"{len(table.trials)} recorded trials, {given.objectives}, budget `{given.budget}`. Share of the best"
-        f" hypervolume after each part of {seconds:.0f} s of trials, median of {given.seeds} seeds."
-    )
-    publish("search", "Samplers at equal spend", f"{what}\n\n{markdown(heads, rows)}", packages=("optuna",),
-            keep=not given.quick)
+    return markdown(["sampler", *(f"{SHARES[i]:.0%}" for i in SHOWN), "range at 100 %"], rows)
+
+
+def verdict(found: Mapping[str, Mapping[str, list[float]]]) -> str:
+    """The part of the spend after which our median has reached the median another sampler ends with."""
+    ours = found["fivefold"]["median"]
+    parts = []
+    for name, row in found.items():
+        if name != "fivefold":
+            when = next((s for s, v in zip(SHARES, ours, strict=True) if v >= row["median"][-1]), None)
+            word = "not reached" if when is None or when > WANTED else "reached"
+            parts.append(f"{name} {'never' if when is None else f'{when:.0%}'} (**{word}**)")
+    return f"Ours has what another ends with after this part of the spend, goal a third: {', '.join(parts)}."
 
 
 if __name__ == "__main__":
