@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.metrics import METRICS
+from fivefold.quantity import Quantity
 from fivefold.recipe import Recipe, catalogue
 from fivefold.study.pareto import ON_TASKS, Goal, Point, Values, coordinate, point, ranks
 from fivefold.study.predictor import Forecast, Predictor
@@ -157,10 +158,10 @@ class Fivefold:
         data = []
         for trial in history:
             seen_fully = trial.outcome is Outcome.MEASURED
-            value = trial.value(metric) if seen_fully else trial.screen.value(metric)
-            if value is not None and math.isfinite(value):
-                recipe = Recipe.parse(trial.recipe)
-                data.append((recipe, coordinate(metric, value) - prior(recipe), NOISE if seen_fully else SCREEN_NOISE))
+            found = (trial.measurement if seen_fully else trial.screen).get(metric)
+            if found is not None and found.value is not None and math.isfinite(found.value):
+                recipe, noise_ = Recipe.parse(trial.recipe), NOISE if seen_fully else SCREEN_NOISE
+                data.append((recipe, coordinate(metric, found.value) - prior(recipe), doubt(metric, found, noise_)))
         quality = METRICS[metric].resource == "quality"
         mean, spread = regress(data, pool, space, RUNTIME_QUALITY if quality else 1.0)
         centre = np.array([prior(r) for r in pool]) + mean
@@ -193,6 +194,13 @@ def quality_prior(metric: str, bits: float, parent: float | None = None) -> floa
     return 1.0 - min(1.0, changed) if metric == "agreement" else 0.14 * 2.0 ** (-(bits - 5.1) / 0.9)
 
 
+def doubt(metric: str, found: Quantity, usual: float) -> float:
+    """Standard error in coordinates: of quality by its interval, else the usual one."""
+    if METRICS[metric].resource != "quality" or found.low is None or found.high is None:
+        return usual
+    return max(1e-3, abs(coordinate(metric, found.high) - coordinate(metric, found.low)) / 3.92)
+
+
 def seconds_spent(trial: Trial) -> float:
     return sum(s for phase, s in trial.spent.items() if "." not in phase)
 
@@ -213,7 +221,7 @@ def regress(
         return np.zeros(len(pool)), scale * np.sqrt(prior)
     ds, da = (x * weight for x in _encode([r for r, _, _ in data], index))
     y = np.array([v for _, v, _ in data]) / scale
-    noise = np.array([n for _, _, n in data]) / max(scale, 0.2)
+    noise = np.array([n for _, _, n in data]) / scale
     k = _kernel(ds, da, ds, da) + np.diag(noise**2 + 1e-6)
     cross = _kernel(xs, xa, ds, da)
     mean = cross @ np.linalg.solve(k, y)
