@@ -125,8 +125,8 @@ def test_a_busy_machine_is_left_for_later_and_a_rough_table_measured_again(
         def __exit__(self, *error: object) -> None:
             self.share = busy[0]
 
-    monkeypatch.setattr(ts, "Neighbours", Window)
-    monkeypatch.setattr(ts, "GLANCE", 0.0)
+    monkeypatch.setattr("fivefold.machine.Neighbours", Window)
+    monkeypatch.setattr("fivefold.machine.GLANCE", 0.0)
     monkeypatch.setattr(tt, "measure", lambda shape: replace(recovered, others=noise[0]))
     assert ts.settle(BLUEPRINT) is None and ts.known(BLUEPRINT) is None
     busy[0] = 0.0
