@@ -69,9 +69,9 @@ class Candidates:
             missing = {n: k for n, k in chosen.items() if not self._file(n, k).is_file()}
             tensors = exported_tensors(self.model.path)
             work = [(n, k, tensors[n]) for n, k in missing.items()]
-            with ThreadPoolExecutor(os.cpu_count() or 1) as pool, _one_thread_each():
+            with ThreadPoolExecutor(os.cpu_count() or 1) as pool, OneThreadEach():
                 list(pool.map(lambda item: self._round(*item), work))
-        found = {name: np.load(self._file(name, kind), allow_pickle=False) for name, kind in chosen.items()}
+            found = {name: dict(np.load(self._file(name, kind), allow_pickle=False)) for name, kind in chosen.items()}
         seconds = time.perf_counter() - start
         return Rounded(
             packed={name: one["data"] for name, one in found.items()},
@@ -136,7 +136,7 @@ def _judge(
         curvature = load_curvature(work, name).shrunk(tokens.size)
         return sampled_damage(tensors[name].numpy(), types[name], curvature, feedback=feedback)
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, _one_thread_each():
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool, OneThreadEach():
         damage = dict(zip(types, pool.map(judge, types), strict=True))
     write_text(work / "damage.json", json.dumps(damage))
 
@@ -189,7 +189,7 @@ def _error(matrix: NDArray[np.float32], data: Packed, kind: str) -> Any:
     return torch.from_numpy(dequantize(data, kind, (rows, columns)) - matrix)
 
 
-class _one_thread_each:
+class OneThreadEach:
     """Within: torch works with one thread, for the matrices are spread over threads instead."""
 
     def __enter__(self) -> None:
