@@ -133,7 +133,7 @@ def plain_damage(parent: Model) -> dict[str, dict[str, float]]:
 def _measure_plain(parent: Model) -> dict[str, dict[str, float]]:
     import torch
 
-    from fivefold.techniques._shared.modules import load_module
+    from fivefold.training.module import load_module
 
     module = load_module(parent, torch.float32)
     tokens = torch.as_tensor(calibration.windows(parent, 3, 128))

@@ -36,6 +36,10 @@ class Trait(enum.StrEnum):
     EXACT_ATTENTION = "exact softmax attention"
     FULL_CACHE = "full-precision key-value cache"
     ONE_TOKEN_STEPS = "one token per pass"
+    OPEN_PARAMETERS = "trained parameters not chosen"
+    OPEN_OPTIMIZER = "optimiser not chosen"
+    OPEN_ACTIVATIONS = "activation memory not traded"
+    PLAIN_GRAPH = "no adapter beside the weights"
     OPEN_ENGINE = "serving engine not chosen"
     OPEN_THREADS = "threads not chosen"
     OPEN_BATCH = "batch not chosen"
@@ -97,7 +101,12 @@ class Blueprint:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """How weights are fitted when a technique trains. Edited by techniques, executed once by `training`."""
+    """How weights are fitted when a technique trains. Edited by techniques, executed once by `training`.
+
+    `methods` are fine-tuning techniques in a recipe's spelling; they learn from the examples in `data`. `held` is how a
+    trained weight is held beside the bfloat16 it is computed in (`training.precision`), None: float32 weights.
+    `at_once` positions pass the model together; `seconds` > 0 fits the number of steps to that time.
+    """
 
     steps: int = 0
     tokens_per_step: int = 1024
@@ -105,6 +114,20 @@ class TrainPlan:
     learning_rate: float = 1e-4
     warmup: float = 0.1
     seed: int = 0
+    methods: tuple[str, ...] = ()
+    data: Path | None = None
+    template: str = "{text}\nLabel:"
+    epochs: float = 1.0
+    seconds: float = 0.0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    held: Literal["split", "kahan", "stochastic", "nearest"] = "split"
+    at_once: int = 1024
+    layout: Literal["pack", "bucket"] = "pack"
+    held_out: float = 0.05
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "methods", tuple(self.methods))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +217,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
 
 
 _PLANS = {"train": TrainPlan, "decode": DecodePlan, "run": RunPlan, "export": ExportPlan}
-_PATHS = {"path", "calibration", "work", "importance", "solved"}
+_PATHS = {"path", "calibration", "work", "importance", "solved", "data"}
 
 
 def model_to_json(model: Model) -> dict[str, Any]:

@@ -98,6 +98,11 @@ class Technique:
     def apply(self, model: Model) -> Model:
         raise NotImplementedError(f"{self.name} has no apply")
 
+    def finish(self, model: Model) -> Model:
+        """Called on the last technique of its stage in a recipe, after its `apply`: what earlier ones only planned is
+        done once, here. Default: nothing was put off."""
+        return model
+
     def __str__(self) -> str:
         shown = []
         for f, dimension in zip(fields(self), dimensions(type(self)), strict=True):
@@ -222,9 +227,15 @@ class Recipe:
     def apply(self, model: Model) -> Model:
         """The model after every technique, traits taken away as declared."""
         self.check(model)
-        for technique in self:
+        for technique, last in self.stages():
             model = technique.apply(model).without(*technique.breaks)
+            model = technique.finish(model) if last else model
         return model
+
+    def stages(self) -> Iterator[tuple[Technique, bool]]:
+        """The techniques in order, each with whether it is the last of its stage."""
+        for technique, after in itertools.zip_longest(self.techniques, self.techniques[1:]):
+            yield technique, after is None or after.stage != technique.stage
 
 
 def _ordered(techniques: Iterable[Technique]) -> list[Technique]:

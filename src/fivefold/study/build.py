@@ -82,34 +82,34 @@ class Builder:
             "plans": {k: v for k, v in model_to_json(parent).items() if k in ("train", "export")},
             "data": sha256(parent.calibration) if parent.calibration else "bundled",
         }
-        techniques = recipe.build.techniques
         spelled, planned = [], parent
-        for technique in techniques:
+        for technique, last in recipe.build.stages():
             inputs = technique.inputs(planned)
-            spelled.append((str(technique), source_hash(type(technique)), *([inputs] if inputs else [])))
+            spelled.append((str(technique), source_hash(type(technique)), last, *([inputs] if inputs else [])))
             planned = technique.plan(planned).without(*technique.breaks)
-        return [key({**base, "steps": spelled[: i + 1]}) for i in range(len(techniques))]
+        return [key({**base, "steps": spelled[: i + 1]}) for i in range(len(spelled))]
 
     def _chain(
         self, recipe: Recipe, parent: Model, keys: Sequence[str], steps: dict[str, float]
     ) -> tuple[Model, Cost]:
         model, cost = parent, Cost.nothing()
-        for technique, step_key in zip(recipe.build.techniques, keys, strict=True):
+        for (technique, last), step_key in zip(recipe.build.stages(), keys, strict=True):
             folder = self.folder / "steps" / step_key
             if not (folder / "model.json").is_file():
-                steps[f"step.{technique.name}"] = self._step(technique, model, folder)
+                steps[f"step.{technique.name}"] = self._step(technique, model, folder, last)
             os.utime(folder)
             record = json.loads((folder / "model.json").read_text(encoding="utf-8"))
             model = model_from_json(record["model"])
             cost += Cost.of({name: Quantity.from_json(q) for name, q in record["cost"].items()})
         return model, cost
 
-    def _step(self, technique: Technique, model: Model, folder: Path) -> float:
+    def _step(self, technique: Technique, model: Model, folder: Path, last: bool) -> float:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         start = time.perf_counter()
         with metered(machine=self.machine) as window:
             done = technique.apply(model.but(work=folder)).without(*technique.breaks)
+            done = technique.finish(done) if last else done
         record = {"model": model_to_json(done), "cost": _json(window.cost)}
         write_text(folder / "model.json", json.dumps(record))
         return time.perf_counter() - start

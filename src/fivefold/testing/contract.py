@@ -29,7 +29,7 @@ from fivefold.model import Model, Trait
 from fivefold.recipe import Recipe, Technique, catalogue
 from fivefold.space import Dimension, dimensions
 from fivefold.study.sampler import SearchSpace
-from fivefold.testing.tiny import tiny_model
+from fivefold.testing.tiny import tiny_examples, tiny_model
 
 
 def sentence(error: BaseException) -> str:
@@ -59,7 +59,10 @@ class TechniqueContract:
     @pytest.fixture(scope="class")
     @classmethod
     def parent(cls, tmp_path_factory: pytest.TempPathFactory) -> Model:
-        return tiny_model(tmp_path_factory.mktemp("tiny") / "parent")
+        folder = tmp_path_factory.mktemp("tiny")
+        model = tiny_model(folder / "parent")
+        examples = tiny_examples(folder / "examples.jsonl")
+        return model.but(train=dataclasses.replace(model.train, data=examples, steps=2, tokens_per_step=256))
 
     @pytest.fixture(scope="class")
     @classmethod

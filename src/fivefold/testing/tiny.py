@@ -46,6 +46,17 @@ def tiny_model(
     return load(folder).but(calibration=text)
 
 
+def tiny_examples(path: Path, count: int = 64) -> Path:
+    """Write labelled rows a tiny model can learn in a few steps: the label is said by one of two words in the text."""
+    words = {"good": "yes", "bad": "no"}
+    rows = [
+        {"text": f"{name} sells a {kind} fox {i}", "label": label}
+        for i in range(-(-count // 4)) for name in ("She", "He") for kind, label in words.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:count]), encoding="utf-8")
+    return path
+
+
 def write_tokenizer(folder: Path, vocab: int) -> int:
     """Train a byte-level BPE on `TEXT`, write it; the number of tokens it really has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

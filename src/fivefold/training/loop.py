@@ -1,41 +1,78 @@
-"""The training loop: AdamW, warm-up and cosine, gradient accumulation, and the best state on held-out text is kept.
+"""The training loop, the only one: schedule, accumulation, the best held-out state, checkpoints, exact resume.
 
     rate(step) = base * min(1, (step + 1) / warm-up steps) * (1 + cos(pi * step / steps)) / 2
 
-A step is `tokens_per_step` tokens in sequences of `sequence`, a few sequences at a time; gradients are averaged over
-all of them and clipped to norm 1 over all parameters. The held-out score is taken before the first step, at a few
-points and after the last; the parameters end as they were at its lowest, so fitting cannot leave the model worse on
-that text than it was. A loss or score that is not finite raises NotFinite: nothing half-trained is handed on.
+A step is a list of batches with their shares; the gradient is that of the shares' weighted mean. Two orders of work:
 
-Source: AdamW (Loshchilov & Hutter, arXiv 1711.05101).
+    whole    all batches backward, gradients clipped together to norm 1, then every parameter is updated
+    fused    one batch; a parameter is updated as soon as its gradient is complete, in the middle of the backward
+             pass, and the gradient is dropped: the memory of all gradients becomes that of the largest. The norm of
+             all of them is known only afterwards, so the clipping uses the norm of the step before.
+
+The held-out score is taken before the first step, at a few points and after the last; the parameters end as they were
+at its lowest, so fitting cannot leave the model worse on that text than it was. With `patience`, that many checks in a
+row without a better score end the run. A loss or score that is not finite raises NotFinite: nothing half-trained is
+handed on, and the last checkpoint stays.
+
+A checkpoint holds all that decides the next step: weights, what lies beside them, optimiser state, random streams, the
+step. Batches are a function of the step, so a resumed run repeats an uninterrupted one bit for bit (same threads, same
+machine).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from fivefold.errors import NotFinite
 from fivefold.model import TrainPlan
-
-if TYPE_CHECKING:
-    import torch
+from fivefold.training.adamw import AdamW
+from fivefold.training.checkpoint import Keeper
+from fivefold.training.optimizer import Optimizer
+from fivefold.training.precision import Dice, Held, State, carry, read, write
 
 Tokens = NDArray[np.int64]
+Micro = Sequence[tuple[Any, float]]
+LARGEST_NORM = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """Parameters that share a learning rate, `rate` times the plan's."""
 
-    parameters: Sequence[torch.nn.Parameter]
+    parameters: Mapping[str, torch.nn.Parameter]
     rate: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a listener hears after each step: the mean loss of its batches, and the clock."""
+
+    step: int
+    steps: int
+    loss: float
+    norm: float
+    rate: float
+    seconds: float
+    score: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hooks:
+    """What a technique adds to the loop; every part may be missing. Steps count from 1."""
+
+    penalty: Callable[[int], torch.Tensor | None] = lambda step: None
+    gradients: Callable[[int], None] = lambda step: None
+    stepped: Callable[[int], None] = lambda step: None
+    buffers: Callable[[], Mapping[str, torch.Tensor]] = dict
+    listen: Callable[[Step], None] = lambda step: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,21 +83,13 @@ class Fitted:
     after: float
     best_step: int
     steps: int
-    tokens: int
     seconds: float
     history: tuple[tuple[int, float], ...]
-
-
-def batches(tokens: Tokens, rows: int, seed: int) -> Iterator[Tokens]:
-    """Endless batches of `rows` of the given windows (windows, length): each window once per round, shuffled."""
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(tokens))
-    at = 0
-    while True:
-        while len(order) - at < rows:
-            order, at = np.concatenate([order[at:], random.permutation(len(tokens))]), 0
-        yield tokens[order[at : at + rows]]
-        at += rows
+    losses: tuple[float, ...]
+    state_bytes: int
+    value: Callable[[str], torch.Tensor]
+    """The float32 value of a trained parameter."""
+    stopped: str = ""
 
 
 def rate_at(step: int, plan: TrainPlan) -> float:
@@ -69,73 +98,241 @@ def rate_at(step: int, plan: TrainPlan) -> float:
     return min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / plan.steps)) / 2
 
 
+def windows(tokens: Tokens, rows: int, seed: int, at_once: int) -> Callable[[int], Micro]:
+    """Steps of `rows` of the given windows (windows, length), `at_once` together: each window once per round."""
+    order = np.concatenate([np.random.default_rng([seed, r]).permutation(len(tokens)) for r in range(2)])
+
+    def step(number: int) -> Micro:
+        nonlocal order
+        while len(order) < (number + 1) * rows:
+            more = np.random.default_rng([seed, len(order) // len(tokens)]).permutation(len(tokens))
+            order = np.concatenate([order, more])
+        chosen = tokens[order[number * rows : (number + 1) * rows]]
+        return [(chosen[i : i + at_once], len(chosen[i : i + at_once]) / rows) for i in range(0, rows, at_once)]
+
+    return step
+
+
 def fit(
-    plan: TrainPlan,
-    groups: Iterable[Group],
-    loss: Callable[[Tokens], torch.Tensor],
-    tokens: Tokens,
-    score: Callable[[], float],
-    *,
-    checks: int = 4,
-    at_once: int = 4,
+    plan: TrainPlan, groups: Sequence[Group], loss: Callable[[Any], torch.Tensor], stream: Callable[[int], Micro],
+    score: Callable[[], float], *, optimizer: Optimizer | None = None, held: Held = "float32", fused: bool = False,
+    checks: int = 4, patience: int = 0, hooks: Hooks = Hooks(), keeper: Keeper | None = None,
+    exact: Callable[[str], torch.Tensor] | None = None,
 ) -> Fitted:
-    """Minimise `loss(rows of tokens)` (a mean over tokens) and end at the lowest `score()`.
+    """Minimise `loss(batch)` (a mean) over `stream(step)` and end at the lowest `score()`; see the module.
 
-    `score` is asked before the first step and `checks` times more; `at_once` sequences pass the model together.
+    `exact` gives the float32 value a parameter in bfloat16 begins at. `plan.seconds` > 0 ends the run after that time.
     """
-    import torch
-
-    groups = [group for group in groups if group.parameters]
-    parameters = [p for group in groups for p in group.parameters]
-    optimizer = torch.optim.AdamW(
-        [{"params": list(group.parameters), "share": group.rate} for group in groups], weight_decay=0.0,
-        betas=(0.9, 0.98),
-    )
-    best, history = _Best(parameters), [(0, score())]
-    best.offer(0, history[0][1])
-    rows = max(1, plan.tokens_per_step // tokens.shape[1])
-    started = time.monotonic()
-    stream = batches(tokens, rows, plan.seed)
+    run = _Run(plan, groups, loss, optimizer or AdamW(), held, fused, hooks, keeper or Keeper())
+    first = run.resume()
+    if first == 0:
+        run.begin(exact)
+        run.judge(0, score())
     due = {math.ceil(plan.steps * (k + 1) / checks) for k in range(checks)}
-    for step in range(plan.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * group["share"] * rate_at(step, plan)
-        _accumulate(loss, next(stream), at_once)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step + 1 in due:
-            history.append((step + 1, score()))
-            best.offer(*history[-1])
-    best.restore()
-    return Fitted(
-        before=history[0][1], after=best.score, best_step=best.step, steps=plan.steps, history=tuple(history),
-        tokens=plan.steps * rows * tokens.shape[1], seconds=time.monotonic() - started,
-    )
+    stopped = ""
+    for number in range(first, plan.steps):
+        value = run.step(number, stream(number))
+        found = None
+        if number + 1 in due:
+            found = score()
+            run.judge(number + 1, found)
+        hooks.listen(Step(step=number + 1, steps=plan.steps, loss=value, norm=run.norm, seconds=run.seconds,
+                          rate=plan.learning_rate * rate_at(number, plan), score=found))
+        run.save(number + 1, last=number + 1 == plan.steps)
+        if patience and run.checks_without_gain >= patience and number + 1 < plan.steps:
+            stopped = f"no better held-out score in {patience} checks"
+            break
+        if 0 < plan.seconds < run.seconds and number + 1 < plan.steps:
+            stopped = f"the time of {plan.seconds:.0f} s is used up"
+            run.judge(number + 1, score()) if found is None else None
+            break
+    return run.finish(stopped)
 
 
-def _accumulate(loss: Callable[[Tokens], torch.Tensor], batch: Tokens, at_once: int) -> None:
-    for first in range(0, len(batch), at_once):
-        part = batch[first : first + at_once]
-        value = loss(part)
-        reached = float(value.detach())
-        if not math.isfinite(reached):
-            raise NotFinite(f"the training loss became {reached}; lower the learning rate")
-        (value * (len(part) / len(batch))).backward()
+def _diverged(loss: float, step: int) -> str:
+    return f"the training loss became {loss} at step {step}; lower the learning rate and run again"
 
 
-class _Best:
-    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        self.parameters, self.score, self.step = parameters, math.inf, 0
-        self.kept: list[torch.Tensor] = []
+@dataclass(eq=False)
+class _Run:
+    plan: TrainPlan
+    groups: Sequence[Group]
+    loss: Callable[[Any], torch.Tensor]
+    optimizer: Optimizer
+    held: Held
+    fused: bool
+    hooks: Hooks
+    keeper: Keeper
+    norm: float = 0.0
+    before: float = math.nan
+    history: list[tuple[int, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    states: dict[str, State] = field(default_factory=dict)
+    _squares: float = 0.0
 
-    def offer(self, step: int, score: float) -> None:
+    def __post_init__(self) -> None:
+        named = [(name, p, group.rate) for group in self.groups for name, p in group.parameters.items()]
+        self.parameters = {name: p for name, p, _ in named}
+        self.rates = {name: rate for name, _, rate in named}
+        self.beside = {name: carry(p.data, self._held(p)) for name, p in self.parameters.items()}
+        self.dice = Dice(self.plan.seed) if self.held == "stochastic" else None
+        self.started, self.spent, self.number = time.monotonic(), 0.0, 0
+        if self.fused:
+            for name, p in self.parameters.items():
+                p.register_post_accumulate_grad_hook(lambda _, name=name: self._at_once(name))
+
+    def _held(self, parameter: torch.Tensor) -> Held:
+        return "float32" if parameter.dtype == torch.float32 else self.held
+
+    @torch.no_grad()
+    def begin(self, exact: Callable[[str], torch.Tensor] | None) -> None:
+        for name, p in self.parameters.items() if exact is not None else ():
+            if p.dtype != torch.float32:
+                assert exact is not None
+                write(p.data.view(-1), exact(name).reshape(-1).clone(), self._flat(name), None)
+
+    def _flat(self, name: str) -> State:
+        return {key: tensor.view(-1) for key, tensor in self.beside[name].items()}
+
+    def value(self, name: str) -> torch.Tensor:
+        data = self.parameters[name].data
+        return read(data.view(-1), self._flat(name)).view(data.shape)
+
+    @property
+    def seconds(self) -> float:
+        return self.spent + time.monotonic() - self.started
+
+    def step(self, number: int, micro: Micro) -> float:
+        self.number = number
+        self.optimizer.begin(number + 1, self.parameters, self.states)
+        if self.optimizer.needs_gradients:
+            value = self._backward(micro)
+            if not self.fused:
+                self.hooks.gradients(number + 1)
+                self._update_all()
+            elif self._squares:
+                self.norm = math.sqrt(self._squares)
+        else:
+            value = self._without_gradients(micro)
+        self.hooks.stepped(number + 1)
+        self.losses.append(value)
+        return value
+
+    def _backward(self, micro: Micro) -> float:
+        total, self._squares = 0.0, 0.0
+        for i, (batch, share) in enumerate(micro):
+            value = self.loss(batch)
+            reached = float(value.detach())
+            if not math.isfinite(reached):
+                raise NotFinite(_diverged(reached, self.number + 1))
+            penalty = self.hooks.penalty(self.number + 1) if i == 0 else None
+            weighted = value * share if share != 1 else value
+            (weighted if penalty is None else weighted + penalty).backward()
+            total += reached * share
+        return total
+
+    def _rate(self, name: str) -> float:
+        return self.plan.learning_rate * self.rates[name] * rate_at(self.number, self.plan)
+
+    def _at_once(self, name: str) -> None:
+        """The fused update; clipped by the norm of the step before."""
+        parameter = self.parameters[name]
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        self._squares += float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) ** 2
+        if self.norm > LARGEST_NORM:
+            gradient.mul_(LARGEST_NORM / self.norm)
+        self._update(name, gradient)
+
+    def _update_all(self) -> None:
+        present = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in present.values()]
+        self.norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        for name, gradient in present.items():
+            if self.norm > LARGEST_NORM:
+                gradient.mul_(LARGEST_NORM / self.norm)
+            self._update(name, gradient)
+            self.parameters[name].grad = None
+
+    @torch.no_grad()
+    def _update(self, name: str, gradient: torch.Tensor) -> None:
+        weight = self.parameters[name].data
+        if name not in self.states:
+            self.states[name] = self.optimizer.state(weight)
+        self.optimizer.update(weight, gradient, self.states[name], self.beside[name], self._rate(name),
+                              self.number + 1, self.dice)
+
+    @torch.no_grad()
+    def _without_gradients(self, micro: Micro) -> float:
+        def loss() -> float:
+            value = sum(float(self.loss(batch)) * share for batch, share in micro)
+            if not math.isfinite(value):
+                raise NotFinite(_diverged(value, self.number + 1))
+            return value
+
+        rate = self.plan.learning_rate * rate_at(self.number, self.plan)
+        return self.optimizer.without_gradients(loss, self.parameters, self.beside, rate, self.number + 1)
+
+    def judge(self, step: int, score: float) -> None:
         if not math.isfinite(score):
             raise NotFinite(f"the held-out score became {score} at step {step}; lower the learning rate")
-        if score < self.score:
-            self.score, self.step = score, step
-            self.kept = [p.detach().clone() for p in self.parameters]
+        if not self.history:
+            self.before = score
+        if score < min((s for _, s in self.history), default=math.inf):
+            self.keeper.keep_best(self._trained())
+        self.history.append((step, score))
 
-    def restore(self) -> None:
-        for parameter, kept in zip(self.parameters, self.kept, strict=True):
-            parameter.data.copy_(kept)
+    @property
+    def checks_without_gain(self) -> int:
+        scores = [s for _, s in self.history]
+        return len(scores) - 1 - scores.index(min(scores))
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        """Every tensor that makes up the trained values, by a flat name."""
+        out = {f"weight/{n}": p.data for n, p in self.parameters.items()}
+        return out | {f"beside/{n}/{k}": t for n, near in self.beside.items() for k, t in near.items()} | {
+            f"buffer/{n}": t for n, t in self.hooks.buffers().items()
+        }
+
+    def _all(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._trained().items()
+        for name, state in self.states.items():
+            yield from ((f"state/{name}/{key}", tensor) for key, tensor in state.items())
+        if self.dice is not None:
+            yield "dice", self.dice.state
+        yield "random", torch.get_rng_state()
+
+    def save(self, step: int, *, last: bool) -> None:
+        if self.keeper.due(self.seconds) or (last and self.keeper.lasting):
+            meta = {"step": step, "history": self.history, "losses": self.losses, "norm": self.norm,
+                    "seconds": self.seconds, "states": {n: list(s) for n, s in self.states.items()}}
+            self.keeper.save(dict(self._all()), meta, self.seconds)
+
+    def resume(self) -> int:
+        found = self.keeper.load()
+        if found is None:
+            return 0
+        tensors, meta = found
+        for name, tensor in self._trained().items():
+            tensor.copy_(tensors[name])
+        for name, keys in meta["states"].items():
+            self.states[name] = {key: tensors[f"state/{name}/{key}"].clone() for key in keys}
+        if self.dice is not None:
+            self.dice.state.copy_(tensors["dice"])
+        torch.set_rng_state(tensors["random"].clone())
+        self.history = [(int(step), float(score)) for step, score in meta["history"]]
+        self.losses, self.norm = list(meta["losses"]), float(meta["norm"])
+        self.before, self.spent = self.history[0][1], float(meta["seconds"])
+        return int(meta["step"])
+
+    def finish(self, stopped: str) -> Fitted:
+        best = min(self.history, key=lambda pair: pair[1])
+        if best != self.history[-1]:
+            kept = self.keeper.best()
+            for name, tensor in self._trained().items():
+                tensor.copy_(kept[name])
+        return Fitted(
+            before=self.before, after=best[1], best_step=best[0], steps=len(self.losses), seconds=self.seconds,
+            history=tuple(self.history), losses=tuple(self.losses), stopped=stopped, value=self.value,
+            state_bytes=sum(t.nbytes for state in self.states.values() for t in state.values()),
+        )

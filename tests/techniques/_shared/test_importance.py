@@ -9,7 +9,7 @@ from fivefold.errors import DataError
 from fivefold.techniques._shared import importance
 from fivefold.techniques._shared.calibration import leads_set_aside, windows
 from fivefold.techniques._shared.importance import importance_file
-from fivefold.techniques._shared.modules import load_module
+from fivefold.training.module import load_module
 from fivefold.weights import check_safetensors
 
 

@@ -8,8 +8,9 @@ import torch
 
 from fivefold.model import Model
 from fivefold.techniques._shared.gguf_types import exported_names, matrices
-from fivefold.techniques._shared.modules import is_linear, load_module, matrix, stored_name
+from fivefold.techniques._shared.modules import is_linear, matrix
 from fivefold.techniques._shared.sensitivity import Curvature, curvatures, row_order
+from fivefold.training.module import load_module, stored_name
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (48, 24))
 

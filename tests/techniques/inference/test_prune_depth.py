@@ -12,8 +12,8 @@ from fivefold.export import export
 from fivefold.model import load
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
-from fivefold.techniques._shared.modules import load_module
 from fivefold.techniques.inference.prune_depth import shortened
+from fivefold.training.module import load_module
 from fivefold.weights import read_tensors
 
 

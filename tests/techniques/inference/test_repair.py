@@ -13,8 +13,9 @@ from fivefold.errors import Misfit
 from fivefold.export import export
 from fivefold.model import Model, Trait
 from fivefold.recipe import Recipe
-from fivefold.techniques._shared.modules import load_module, rewritten, stored_tensors
+from fivefold.techniques._shared.modules import rewritten, stored_tensors
 from fivefold.techniques.inference.repair import Repair, _Lesson, _text
+from fivefold.training.module import load_module
 
 TEXT = "the lazy fox watched 42 others from the hill, and it jumps over the quick brown dog."
 

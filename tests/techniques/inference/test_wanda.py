@@ -7,8 +7,8 @@ import torch
 from fivefold.errors import Misfit, RecipeError
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
-from fivefold.techniques._shared.modules import load_module
 from fivefold.techniques.inference.wanda import Wanda
+from fivefold.training.module import load_module
 from fivefold.weights import read_tensors
 
 

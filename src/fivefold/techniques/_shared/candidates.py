@@ -125,7 +125,7 @@ def _judge(
     import torch
 
     from fivefold.export.gguf_ import exported_tensors
-    from fivefold.techniques._shared.modules import load_module
+    from fivefold.training.module import load_module
 
     module = load_module(model, torch.float32)
     save_curvatures(work, curvatures(model, module, tokens))

@@ -27,7 +27,8 @@ from fivefold.model import Model
 from fivefold.paths import cache_dir
 from fivefold.techniques._shared.calibration import windows
 from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names, matrices
-from fivefold.techniques._shared.modules import forward, is_linear, load_module, stored_name, workspace
+from fivefold.techniques._shared.modules import forward, is_linear, workspace
+from fivefold.training.module import load_module, stored_name
 from fivefold.weights import write_safetensors
 
 if TYPE_CHECKING:

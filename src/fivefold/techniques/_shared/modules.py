@@ -15,47 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fivefold.errors import Misfit, ModelError
+from fivefold.errors import ModelError
 from fivefold.model import Model, blueprint_of, read_config
 from fivefold.weights import StoredTensor, read_tensors, write_safetensors_folder
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-
-def load_module(model: Model, dtype: torch.dtype | None = None) -> Any:
-    """The causal language model in `model.path`, in evaluation mode and without gradients.
-
-    `dtype` None keeps bfloat16 weights and makes float32 of all others. Raises Misfit for a GGUF file, ModelError when
-    transformers cannot read the folder.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.utils import logging
-
-    if model.format != "safetensors":
-        raise Misfit(f"{model.name} is a GGUF file and has no torch graph; start from its safetensors folder")
-    if dtype is None:
-        kinds = {t.dtype for _, t in read_tensors(model.path)}
-        dtype = torch.bfloat16 if "BF16" in kinds and "F32" not in kinds else torch.float32
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-        module = AutoModelForCausalLM.from_pretrained(
-            model.path, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"transformers cannot read {model.path} ({reason}); give a folder of a family it knows"
-        ) from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-    return module.eval().requires_grad_(False)
 
 
 def layers(module: Any) -> nn.ModuleList:
@@ -90,14 +56,6 @@ def matrix(part: Any) -> torch.Tensor:
 
     weight: torch.Tensor = part.weight.data
     return weight if isinstance(part, nn.Linear) else weight.T
-
-
-def stored_name(module: Any, stored: Mapping[str, Any], name: str) -> str:
-    """The name a parameter has on disk; some checkpoints leave out the name of the base model."""
-    for candidate in (name, name.removeprefix(f"{module.base_model_prefix}.")):
-        if candidate in stored:
-            return candidate
-    raise ModelError(f"the parameter {name} is not in the weight files; save the model again with transformers")
 
 
 def forward(module: Any, tokens: Any) -> torch.Tensor:

@@ -36,7 +36,8 @@ from numpy.typing import NDArray
 
 from fivefold.model import Model, read_config
 from fivefold.techniques._shared.gguf_types import EMBEDDING, exported_names
-from fivefold.techniques._shared.modules import is_linear, stored_name
+from fivefold.techniques._shared.modules import is_linear
+from fivefold.training.module import stored_name
 from fivefold.weights import StoredTensor, check_safetensors, write_safetensors
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ from fivefold.export.gguf_ import Exported, exported_tensors
 from fivefold.model import Model, Trait
 from fivefold.techniques._shared import gguf_types
 from fivefold.techniques._shared.blocks import layouts
-from fivefold.techniques._shared.modules import linears, matrix, rewritten, stored_name, stored_tensors, workspace
+from fivefold.techniques._shared.modules import linears, matrix, rewritten, stored_tensors, workspace
 from fivefold.techniques._shared.rounded import Rounded
 from fivefold.techniques._shared.sensitivity import row_order
 from fivefold.training.loop import Group
+from fivefold.training.module import stored_name
 from fivefold.weights import read_solved, write_solved
 
 VECTOR_RATE = 1.0
@@ -103,9 +104,10 @@ class RoundedStudent(Student):
         return out
 
     def groups(self) -> list[Group]:
-        scales = [p for part in self.parts.values() for p in (part.scale, part.minimum) if p is not None]
-        codes = [part.u for part in self.parts.values() if part.u is not None]
-        return [Group(parameters=[*self.vectors.values(), *scales]), Group(parameters=codes, rate=CODE_RATE)]
+        found = [(name, dict(part.named_parameters())) for name, part in self.parts.items()]
+        scales = {f"{name}.{key}": p for name, own in found for key, p in own.items() if key != "u"}
+        codes = {f"{name}.u": own["u"] for name, own in found if "u" in own}
+        return [Group(parameters={**self.vectors, **scales}), Group(parameters=codes, rate=CODE_RATE)]
 
     def result(self) -> Model:
         solved = {key.replace("/", "."): (part.parts.type, part.packed()) for key, part in self.parts.items()}
@@ -150,7 +152,9 @@ class FloatStudent(Student):
         return out
 
     def groups(self) -> list[Group]:
-        return [Group(parameters=[*self.vectors.values(), *self.down.values(), *self.up.values()])]
+        both = {"down": self.down, "up": self.up}
+        changes = {f"{kind}.{name}": p for kind, part in both.items() for name, p in part.items()}
+        return [Group(parameters={**self.vectors, **changes})]
 
     def result(self) -> Model:
         tensors = self._vectors_on_disk()

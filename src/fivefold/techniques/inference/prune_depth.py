@@ -56,7 +56,8 @@ class PruneDepth(Technique):
 
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.calibration import windows
-        from fivefold.techniques._shared.modules import load_module, rewritten, stored_tensors
+        from fivefold.techniques._shared.modules import rewritten, stored_tensors
+        from fivefold.training.module import load_module
 
         self.check(model)
         module = load_module(model)

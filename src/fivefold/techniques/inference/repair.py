@@ -32,6 +32,7 @@ from fivefold.space import Fixed, Range, Search
 SEQUENCE = 256
 HELD_OUT = 4
 TEXT_TOKENS = 65536
+AT_ONCE = 4
 UNDAMAGED = frozenset({Trait.FLOAT_WEIGHTS, Trait.DENSE_WEIGHTS, Trait.FULL_DEPTH, Trait.UNIFORM_LAYERS,
                        Trait.EXACT_ATTENTION})
 
@@ -73,23 +74,25 @@ class Repair(Technique):
                        sequence=min(SEQUENCE, model.blueprint.context))
 
     def apply(self, model: Model) -> Model:
-        from fivefold.training.loop import fit
+        from fivefold.training.loop import fit, windows
 
         plan = self._train(model)
         train, held_out = _text(model, plan)
         lesson = _Lesson(model, self._student(model, plan.seed), held_out)
-        done = fit(plan, lesson.student.groups(), lesson.loss, train, lesson.score)
-        numbers = sum(p.numel() for group in lesson.student.groups() for p in group.parameters)
+        groups = lesson.student.groups()
+        stream = windows(train, max(1, plan.tokens_per_step // plan.sequence), plan.seed, AT_ONCE)
+        done = fit(plan, groups, lesson.loss, stream, lesson.score)
+        numbers = sum(p.numel() for group in groups for p in group.parameters.values())
         return lesson.student.result().but(train=plan).covered(
             f"repair: held-out KL {done.before:.4f} -> {done.after:.4f} at step {done.best_step} of {plan.steps},"
-            f" {done.tokens} tokens, {numbers} numbers trained"
+            f" {plan.steps * plan.tokens_per_step} tokens, {numbers} numbers trained"
         )
 
     def _student(self, model: Model, seed: int) -> Any:
         import torch
 
-        from fivefold.techniques._shared.modules import load_module
         from fivefold.techniques._shared.students import FloatStudent, RoundedStudent
+        from fivefold.training.module import load_module
 
         module = load_module(model, torch.float32)
         if model.export.format == "gguf":
@@ -103,7 +106,7 @@ class _Lesson:
     def __init__(self, model: Model, student: Any, held_out: Any) -> None:
         import torch
 
-        from fivefold.techniques._shared.modules import load_module
+        from fivefold.training.module import load_module
 
         self.student, parent = student, model.parent
         self.teacher = student.module if parent.path == model.path else load_module(parent, torch.float32)

@@ -51,7 +51,8 @@ class Wanda(Technique):
 
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.calibration import windows
-        from fivefold.techniques._shared.modules import load_module, rewritten, stored_name, stored_tensors
+        from fivefold.techniques._shared.modules import rewritten, stored_tensors
+        from fivefold.training.module import load_module, stored_name
 
         module = load_module(model)
         pruned = self.prune(module, windows(model, self.windows))

@@ -1,0 +1,113 @@
+"""What training will take, by formula, before any of it is allocated.
+
+    peak = process + weights + beside + gradients + optimiser state + activations + head
+
+    process       what the interpreter and its libraries hold when training begins: read, not guessed
+    weights       2 bytes per number in bfloat16, 4 in float32
+    beside        of each trained number held as `split` or `kahan`: 2 bytes
+    gradients     of all trained numbers, or of the largest tensor when the update is fused into the backward pass
+    state         the optimiser's own formula
+    activations   positions at once x layers x what a layer keeps (see `lean`): per position, in elements,
+                      lean     2 d + 2 h + 2 k + 2 f    d width, h and k all heads and key-value heads, f
+                                                        feed-forward
+                      plain    about 12 d + 3 h + 3 k + 5 f  (layers of a family that `lean` does not know)
+                  checkpointed layers keep d, and one of them is made again at a time
+    head          the logits of one chunk in float32 and what is made of them; the gradient of a trained head
+
+Whatever the allocator leaves unused between tensors is counted as `SLACK` of the sum (glibc, measured on runs of 0.9 to
+2.5 GB). The prediction is checked against each run's measured peak, and both are in its record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from fivefold.model import Blueprint, TrainPlan
+from fivefold.training.adamw import AdamW
+from fivefold.training.cross_entropy import CHUNK, TOGETHER
+from fivefold.training.method import Methods, Shapes, model_shapes
+from fivefold.training.optimizer import Optimizer
+from fivefold.training.precision import carry_bytes
+
+SLACK = 0.12
+LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """Bytes by part."""
+
+    process: float
+    weights: float
+    beside: float
+    gradients: float
+    state: float
+    activations: float
+    head: float
+
+    @property
+    def slack(self) -> float:
+        return SLACK * (self.activations + self.gradients + self.head)
+
+    @property
+    def peak(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self)) + self.slack
+
+
+def needs(
+    blueprint: Blueprint, plan: TrainPlan, methods: Methods, *, element: int, process: float, optimizer: Optimizer,
+    fused: bool, kept_layers: float | None = None, whole: bool = True, shapes: Shapes | None = None,
+) -> Needs:
+    """`element` is the bytes of a weight as computed with; `kept_layers` the layers whose activations are all kept.
+
+    `whole`: the model's own matrices are trained; `shapes` of what is trained (default: all of them).
+    """
+    trained = shapes if shapes is not None else model_shapes(blueprint)
+    sizes = {name: math.prod(shape) for name, shape in trained.items()}
+    width = element if whole else 4
+    held = carry_bytes(plan.held) if whole and element == 2 else 0
+    largest = max(sizes.values(), default=0)
+    adaptation = methods.adaptation
+    weights = adaptation.weight_bytes(blueprint, element) if adaptation else element * blueprint.parameters
+    gradients = 0.0
+    if optimizer.needs_gradients:
+        gradients = float(width * (largest if fused else sum(sizes.values())))
+    layers = blueprint.layers if kept_layers is None else kept_layers
+    per_layer = float(element * plan.at_once * layer_elements(blueprint))
+    kept = layers * per_layer
+    if layers < blueprint.layers:
+        kept += per_layer + (blueprint.layers - layers) * element * plan.at_once * blueprint.width
+    if not optimizer.needs_gradients:
+        kept = 2 * per_layer
+    return Needs(
+        process=process, weights=weights + (0 if whole else 4.0 * sum(sizes.values())),
+        beside=float(held * sum(sizes.values())), gradients=gradients,
+        state=float(sum(optimizer.state_bytes(shape) for shape in trained.values())), activations=kept,
+        head=_head(blueprint, plan, element, whole and "embedding" in trained and optimizer.needs_gradients),
+    )
+
+
+def layer_elements(blueprint: Blueprint) -> float:
+    """Numbers one layer keeps per position until its backward pass."""
+    b = blueprint
+    heads, keys = b.heads * b.head_dim, b.kv_heads * b.head_dim
+    if b.family in LEAN_FAMILIES:
+        return 2.0 * b.width + 2 * heads + 2 * keys + 2 * b.ffn
+    return 12.0 * b.width + 3 * heads + 3 * keys + 5 * b.ffn
+
+
+def _head(blueprint: Blueprint, plan: TrainPlan, element: int, trained: bool) -> float:
+    chunk = min(CHUNK, plan.at_once) * blueprint.vocab * (2 * element + 8)
+    kept = min(TOGETHER, plan.at_once) * blueprint.vocab * element if trained else 0
+    return float(chunk + kept)
+
+
+def default_optimizer(methods: Methods, plan: TrainPlan) -> Optimizer:
+    return methods.update.optimizer(plan) if methods.update else AdamW()
+
+
+def first_that_fits(candidates: Sequence[tuple[str, Needs]], limit: float) -> str | None:
+    """The first name whose peak is within `limit` bytes."""
+    return next((name for name, need in candidates if need.peak <= limit), None)

@@ -1,0 +1,242 @@
+"""A run: a model with a train plan becomes a trained model. Everything before and after the loop happens here.
+
+    examples -> module in its computing dtype -> adaptation, saving, lean layers -> loop -> weights, difference
+
+Training computes in bfloat16 where the machine gains by it; the trained numbers keep float32's precision beside it
+(`precision`), and the weights that are written start from the stored ones, not from their bfloat16 rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fivefold.artifact import hash_folder, key
+from fivefold.errors import DataError
+from fivefold.files import sha256
+from fivefold.model import Model, TrainPlan
+from fivefold.tokenizer import Tokenizer
+from fivefold.training import attention, data, lean
+from fivefold.training.batching import Batch, Stream
+from fivefold.training.checkpoint import Keeper
+from fivefold.training.data import Examples
+from fivefold.training.delta import Delta, Sparse
+from fivefold.training.loop import Fitted, Group, Hooks, Micro, Step, fit
+from fivefold.training.method import Adaptation, Lesson, Methods
+from fivefold.training.module import computing_dtype, loss_of, stored_name, write_trained
+from fivefold.training.optimizer import Optimizer
+from fivefold.weights import read_tensors
+
+SCORED = 8_192
+"""Held-out tokens a check looks at, at most."""
+PILOT = 3
+MOST_STEPS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run leaves: the model, its loop's account, and the size of what was learned."""
+
+    model: Model
+    fitted: Fitted
+    delta: Path
+    delta_bytes: int
+    numbers: int
+    taken: dict[str, int]
+    beside: bool = False
+
+
+def examples_of(model: Model) -> tuple[Examples, Examples]:
+    """(training part, held-out part) of the plan's data. Raises DataError."""
+    plan = model.train
+    if plan.data is None:
+        raise DataError("there are no examples to train on; give --data")
+    rows = data.read(plan.data, Tokenizer(model.tokenizer_file), model.blueprint.context, template=plan.template)
+    return rows.split(plan.held_out)
+
+
+def train(model: Model) -> Model:
+    """The model after the run its plan describes, in a folder below `model.work`; the plan's methods are done."""
+    import tempfile
+
+    return run(model, model.work or Path(tempfile.mkdtemp(prefix="fivefold."))).model
+
+
+def run(
+    model: Model, folder: Path, *, keeper: Keeper | None = None, listen: Callable[[Step], None] = lambda step: None,
+    parts: tuple[Examples, Examples] | None = None, planned: Callable[[TrainPlan], None] = lambda plan: None,
+) -> Trained:
+    """Train `model` by its plan; `folder` receives `trained/` (the weights) and `delta/` (what was learned).
+
+    `keeper` makes checkpoints, and resumes from one. `planned` hears the plan with its number of steps.
+    """
+    train_part, held_part = parts or examples_of(model)
+    methods = Methods.of(model.train)
+    adaptation = methods.adaptation or _all_weights()
+    lesson = prepared(model, adaptation, methods)
+    optimizer = methods.update.optimizer(model.train) if methods.update else _adamw(adaptation)
+    stream = _stream(train_part, lesson.plan, adaptation, optimizer)
+    loss = loss_of(lesson.module, adaptation.hidden(lesson))
+    lesson.plan = plan = _with_steps(lesson, stream, loss)
+    planned(plan)
+    held = Stream(_some(held_part), plan.tokens_per_step, plan.at_once, plan.seed, plan.layout).batches()
+    fitted = fit(
+        plan, [Group(parameters=lesson.trained)], loss, lambda step: _micro(stream.step(step)),
+        lambda: _score(lesson.module, loss, held), optimizer=optimizer, held=plan.held,
+        fused=_fused(adaptation, optimizer), patience=plan.patience, hooks=_hooks(adaptation, lesson, listen),
+        keeper=keeper, exact=lambda name: stored_value(lesson, name), checks=CHECKS,
+    )
+    return _finished(model, folder, adaptation, lesson, fitted)
+
+
+CHECKS = 5
+
+
+def _all_weights() -> Adaptation:
+    from fivefold.recipe import make
+
+    technique = make("full", {})
+    assert isinstance(technique, Adaptation)
+    return technique
+
+
+def _adamw(adaptation: Adaptation) -> Optimizer:
+    return adaptation.default_optimizer()
+
+
+def prepared(model: Model, adaptation: Adaptation, methods: Methods) -> Lesson:
+    """The module with what is to be trained chosen, made lean, and in training mode."""
+    plan = model.train
+    dtype = adaptation.dtype(computing_dtype(plan.dtype))
+    torch.manual_seed(plan.seed)
+    module = adaptation.load(model, dtype)
+    lesson = Lesson(model, module, plan)
+    if adaptation.lean:
+        attention.use(module)
+    lesson.trained = adaptation.prepare(lesson)
+    for parameter in lesson.trained.values():
+        parameter.requires_grad_(True)
+    if methods.saving:
+        methods.saving.install(lesson)
+    lesson.extra["taken"] = lean.install(module) if adaptation.lean else {}
+    module.train()
+    return lesson
+
+
+def _fused(adaptation: Adaptation, optimizer: Optimizer) -> bool:
+    return adaptation.fused and optimizer.needs_gradients
+
+
+def _stream(part: Examples, plan: TrainPlan, adaptation: Adaptation, optimizer: Optimizer) -> Stream:
+    at_once = 1 << 40 if _fused(adaptation, optimizer) else plan.at_once
+    return Stream(part.rows, plan.tokens_per_step, at_once, plan.seed, plan.layout)
+
+
+def _micro(batches: list[Batch]) -> Micro:
+    total = sum(batch.learned for batch in batches)
+    return [(batch, batch.learned / total) for batch in batches]
+
+
+def _with_steps(lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor]) -> TrainPlan:
+    """The plan with its number of steps: given, or its rounds over the data, or what its time allows of them."""
+    plan = lesson.plan
+    steps = plan.steps or max(1, math.ceil(plan.epochs * len(stream.epoch(0))))
+    if plan.seconds and not plan.steps:
+        steps = max(1, min(steps, int(plan.seconds / _seconds_per_step(lesson, stream, loss))))
+    return replace(plan, steps=min(steps, MOST_STEPS))
+
+
+def _seconds_per_step(lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor]) -> float:
+    """Of a typical step, from a few that change nothing; a fifth is added for updates, checks and checkpoints."""
+    spent = []
+    for number in range(PILOT):
+        start = time.perf_counter()
+        for batch in stream.step(number):
+            loss(batch).backward()
+        spent.append(time.perf_counter() - start)
+        for parameter in lesson.trained.values():
+            parameter.grad = None
+    return 1.2 * sorted(spent)[len(spent) // 2]
+
+
+def _some(part: Examples) -> list[data.Example]:
+    rows: list[data.Example] = []
+    total = 0
+    for row in sorted(part.rows, key=lambda row: row.digest):
+        if rows and total + len(row.tokens) > SCORED:
+            break
+        rows.append(row)
+        total += len(row.tokens)
+    return rows
+
+
+@torch.no_grad()
+def _score(module: Any, loss: Callable[[Batch], torch.Tensor], batches: list[Batch]) -> float:
+    training = module.training
+    module.eval()
+    try:
+        total = sum(batch.learned for batch in batches)
+        return sum(float(loss(batch)) * batch.learned / total for batch in batches)
+    finally:
+        module.train(training)
+
+
+def _hooks(adaptation: Adaptation, lesson: Lesson, listen: Callable[[Step], None]) -> Hooks:
+    return Hooks(
+        penalty=lambda step: adaptation.penalty(lesson, step),
+        gradients=lambda step: adaptation.gradients(lesson, step),
+        stepped=lambda step: adaptation.stepped(lesson, step),
+        buffers=lambda: adaptation.buffers(lesson), listen=listen,
+    )
+
+
+def stored_value(lesson: Lesson, name: str) -> torch.Tensor:
+    """The float32 value on disk of a parameter of the module; its own where it is none of the model's."""
+    if "stored" not in lesson.extra:
+        lesson.extra["stored"] = dict(read_tensors(lesson.model.path))
+    stored = lesson.extra["stored"]
+    return torch.from_numpy(stored[stored_name(lesson.module, stored, name)].numpy())
+
+
+def _finished(
+    model: Model, folder: Path, adaptation: Adaptation, lesson: Lesson, fitted: Fitted
+) -> Trained:
+    delta = adaptation.result(lesson, fitted.value)
+    written = write_trained(lesson.module, model, delta.weights, folder / "trained")
+    sparse = _sparse(lesson, delta, hash_folder(model.path)) if delta.sparse else None
+    size = delta.write(folder / "delta", sparse)
+    numbers = sum(p.numel() for p in lesson.trained.values())
+    done = model.but(
+        path=written, origin=model.parent, train=replace(model.train, methods=(), data=None),
+    ).covered(
+        f"{adaptation.name}: {numbers:,} numbers trained in {fitted.steps} steps, held-out loss"
+        f" {fitted.before:.4f} -> {fitted.after:.4f}, difference of {size:,} bytes"
+    )
+    return Trained(model=done, fitted=fitted, delta=folder / "delta", delta_bytes=size, numbers=numbers,
+                   taken=lesson.extra["taken"], beside=delta.beside)
+
+
+def _sparse(lesson: Lesson, delta: Delta, parent: str) -> Sparse:
+    entries = {}
+    for name in sorted(delta.sparse):
+        change = delta.weights[name]().reshape(-1) - stored_value(lesson, name).reshape(-1)
+        index = change.nonzero().squeeze(-1)
+        if len(index):
+            stored = stored_name(lesson.module, lesson.extra["stored"], name)
+            entries[stored] = (index.to(torch.int32).numpy(), change[index].numpy())
+    return Sparse(parent=parent, entries=entries)
+
+
+def run_key(model: Model) -> str:
+    """What a checkpoint is bound to: model, data and plan."""
+    from fivefold.model import plan_to_json
+
+    assert model.train.data is not None
+    plan = {k: v for k, v in plan_to_json(replace(model.train, steps=0)).items() if k != "data"}
+    return key({"model": hash_folder(model.path), "data": sha256(model.train.data), "plan": plan})
