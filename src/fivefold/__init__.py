@@ -14,6 +14,7 @@ _HOME = {
     "Technique": "recipe", "Trait": "model", "Trial": "study.trial", "UserError": "errors", "Workload": "workload",
     "catalogue": "verbs", "compare": "verbs", "doctor": "verbs", "explain": "verbs", "load": "model",
     "measure": "verbs", "optimize": "verbs", "pick": "verbs", "plan": "verbs", "serve": "verbs", "ship": "verbs",
+    "train": "verbs",
 }
 __all__ = sorted(_HOME)
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from fivefold.verbs import plan as plan
     from fivefold.verbs import serve as serve
     from fivefold.verbs import ship as ship
+    from fivefold.verbs import train as train
     from fivefold.workload import Workload as Workload
 
 

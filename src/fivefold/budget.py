@@ -175,3 +175,34 @@ def objectives(text: str) -> tuple[str, ...]:
     if not names:
         raise BudgetError("no objective was given; write it like --minimize latency,energy,size")
     return names
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingBudget:
+    """What a training run may take: bytes of memory at its peak, seconds, joules, USD. None is unlimited."""
+
+    memory: float | None = None
+    time: float | None = None
+    energy: float | None = None
+    money: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> TrainingBudget:
+        """`memory<=2GB, time<=20min, energy<=5Wh, money<=$0.1`. Raises BudgetError."""
+        tables = {"memory": _SIZES, "time": _TIMES, "energy": _JOULES, "money": _USD}
+        found: dict[str, float] = {}
+        for part in filter(str.strip, text.split(",")):
+            match = _LIMIT.fullmatch(part)
+            unit = match and (match[3] or match[5])
+            if not match or match[2] not in ("<=", "<") or match[1] not in tables:
+                near = nearest(match[1], tables) if match else None
+                hint = f"did you mean {near}?" if near and match and match[1] not in tables else (
+                    "write it like memory<=2GB, time<=20min, energy<=5Wh or money<=$0.1")
+                raise BudgetError(f"cannot read the training limit {part.strip()[:60]!r}; {hint}")
+            if match[1] in found:
+                raise BudgetError(f"the training budget limits {match[1]} twice; keep one")
+            if unit not in tables[match[1]]:
+                known = ", ".join(tables[match[1]])
+                raise BudgetError(f"{part.strip()[:60]!r} has no unit of {match[1]}; use one of: {known}")
+            found[match[1]] = _number(match[4], part) * tables[match[1]][unit]
+        return cls(**found)

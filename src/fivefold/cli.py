@@ -78,6 +78,39 @@ def plan(
 
 
 @app.command()
+def train(
+    model: ModelName,
+    data: Annotated[Path, typer.Option("--data", help="Rows to learn: .jsonl (messages, prompt/completion) or .csv.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command goes on with it.")],
+    budget: Annotated[str, typer.Option("--budget", help='"memory<=2GB, time<=20min", also energy and money.')] = "",
+    recipe: Annotated[str, typer.Option("--recipe", help="The way, such as lora(rank=8); else one is chosen.")] = "",
+    task: Annotated[str, typer.Option("--task", help="accuracy (of the labels), or a set such as sst2.")] = "",
+    test: Annotated[str, typer.Option("--test", help="Rows to judge by, instead of a held-out part.")] = "",
+    template: Annotated[str, typer.Option("--template", help='How a label is asked for: "{text}\\nLabel:".')] = "",
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Rounds over the examples.")] = 1.0,
+    steps: Annotated[int, typer.Option("--steps", min=0, help="Steps, instead of rounds.")] = 0,
+    tokens_per_step: Annotated[int, typer.Option("--tokens-per-step", min=32)] = 1024,
+    patience: Annotated[int, typer.Option("--patience", min=0, help="Stop after so many checks without gain.")] = 0,
+    items: Annotated[int, typer.Option("--items", min=2, help="Rows to judge by, at most.")] = 200,
+    seed: Seed = 0, country: Country = "world",
+) -> None:
+    """Fine-tune on your examples within a budget of memory, time, energy or money."""
+    from fivefold import display, verbs
+
+    try:
+        with display.LiveTraining() as live:
+            done = verbs.train(
+                model, data=data, out=out, budget=budget, recipe=recipe, task=task, test=test,
+                template=template.replace("\\n", "\n"), epochs=epochs, steps=steps, tokens_per_step=tokens_per_step,
+                patience=patience, items=items, seed=seed, country=country, events=live,
+            )
+    except KeyboardInterrupt:
+        print("\nfivefold: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    display.trained(done)
+
+
+@app.command()
 def pick(
     study: StudyFolder, budget: BudgetText = "",
     by: Annotated[str, typer.Option("--by", help="knee, or the one metric to put first.")] = "knee",

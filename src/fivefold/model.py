@@ -20,6 +20,8 @@ from typing import Any, Literal, Self
 from fivefold.errors import ModelError
 
 Format = Literal["safetensors", "gguf"]
+ADAPTER = "adapter"
+"""Folder beside the weights with an adapter that is not merged into them."""
 MAX_CONFIG_BYTES = 4 << 20
 
 
@@ -333,7 +335,8 @@ def _load_folder(path: Path) -> Model:
         raise ModelError(f"{path} has {what}; only safetensors are read: save it with safe_serialization=True")
     for file in files:
         check_safetensors(file)
-    return Model(name=path.resolve().name, path=path.resolve(), format="safetensors", blueprint=blueprint_of(config))
+    model = Model(name=path.resolve().name, path=path.resolve(), format="safetensors", blueprint=blueprint_of(config))
+    return model.without(Trait.PLAIN_GRAPH) if (path / ADAPTER).is_dir() else model
 
 
 def _load_gguf(path: Path) -> Model:

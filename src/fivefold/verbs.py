@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fivefold.study.plan import Plan
     from fivefold.study.ship import Shipped
     from fivefold.study.study import Study
+    from fivefold.study.train import Finished
     from fivefold.study.trial import Trial
     from fivefold.tasks.choice import ChoiceSet
     from fivefold.tokenizer import Tokenizer
@@ -104,6 +105,31 @@ class Picked:
 
     trial: Trial
     against: Mapping[str, Quantity]
+
+
+def train(
+    model: str | Path, *, data: str | Path, out: str | Path, budget: str = "", recipe: str = "", task: str = "",
+    test: str | Path = "", template: str = "", epochs: float = 1.0, steps: int = 0, tokens_per_step: int = 1024,
+    patience: int = 0, items: int = 200, seed: int = 0, country: str = "world",
+    events: Callable[[Any], None] | None = None,
+) -> Finished:
+    """Fine-tune on a file of examples within a budget ("memory<=2GB, time<=20min"), or go on with the run in `out`.
+
+    `recipe` names the way (`lora(rank=8)`); without one, the ways are forecast and one that fits is chosen. `task`
+    "accuracy" judges labelled rows, or names a set (sst2); `test` is a file of rows to judge by instead of the held-out
+    ones. `epochs` or `steps` is how long. Raises Infeasible when no way fits, Busy, DataError, NotFinite, OutOfMemory.
+    """
+    from fivefold.budget import TrainingBudget
+    from fivefold.model import TrainPlan, load
+    from fivefold.study.train import Request
+    from fivefold.study.train import train as trained
+
+    request = Request(
+        model=load(model), data=Path(data), out=Path(out), budget=TrainingBudget.parse(budget), recipe=recipe,
+        task=task, test=Path(test) if test else None, template=template or TrainPlan.template, epochs=epochs,
+        steps=steps, tokens_per_step=tokens_per_step, patience=patience, items=items, seed=seed, country=country,
+    )
+    return trained(request, events or (lambda event: None))
 
 
 def pick(study: str | Path, *, budget: str = "", by: str = "knee") -> Picked:

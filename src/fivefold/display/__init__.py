@@ -14,3 +14,5 @@ from fivefold.display.study import nothing_fits as nothing_fits
 from fivefold.display.study import pick as pick
 from fivefold.display.study import plan as plan
 from fivefold.display.study import result as result
+from fivefold.display.train import LiveTraining as LiveTraining
+from fivefold.display.train import trained as trained

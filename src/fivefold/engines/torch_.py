@@ -2,7 +2,8 @@
 
 It is the reference: the weights are computed with as they are stored, so what another engine loses can be measured
 against it. It is not the fastest server on a CPU (every token passes through about a thousand small calls from
-Python), but the only engine for architectures nobody has ported, and it reads 8- and 4-bit folders (`_packed`).
+Python), but the only engine for architectures nobody has ported, and it reads 8- and 4-bit folders (`_packed`) and
+adapters beside the weights (`_adapter`).
 
 Only local files and safetensors are read, and no code that comes with a model is run. Prompt lookup checks a draft
 with one pass and crops the cache after the first difference. A batch is padded on the left, with positions counted
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
+from fivefold.engines._adapter import attach
 from fivefold.engines._drafting import generated, groups
 from fivefold.engines._sampling import BROKEN, drawer, log_softmax
 from fivefold.errors import DataError, ModelError, NotFinite, OutOfMemory
@@ -29,6 +31,7 @@ from fivefold.model import Model
 
 FORMATS = ("safetensors",)
 EXTRA = None
+ADAPTERS = True
 SCORED = 512
 GREEDY = Sampling()
 
@@ -52,7 +55,8 @@ class TorchSession:
         self._dtype = getattr(torch, model.run.dtype)
         with _one_sentence(model):
             self._model: Any = self._load(model)
-        self._turn = 0
+            self._prefix, self.adapter = attach(self._model, model.path)
+        self._room = min(self.run.context, self._prefix.room() if self._prefix else self.run.context)
 
     def _load(self, model: Model) -> Any:
         if self.packed:
@@ -88,13 +92,16 @@ class TorchSession:
         import torch
 
         with torch.inference_mode(), _memory():
+            if self._prefix is not None:
+                cache, more = self._prefix.before(len(rows), cache, more)
             ids = torch.tensor(rows)
             out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **more)
             return out.logits.float().numpy(), out.past_key_values
 
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
-        return generated(_Text(self._forward, ids), ids, max_tokens, self.decode, drawer(sampling), sampling.stop)
+        text = _Text(self._forward, ids, self._prefix.length if self._prefix else 0)
+        return generated(text, ids, max_tokens, self.decode, drawer(sampling), sampling.stop)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Groups of `run.batch` prompts at once (all of them when that is 1)."""
@@ -127,7 +134,8 @@ class TorchSession:
         import torch
         import transformers
 
-        seen = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers())}
+        beside = self._prefix.tensors if self._prefix else []
+        seen = {t.data_ptr(): t.nbytes for t in (*self._model.parameters(), *self._model.buffers(), *beside)}
         return {
             "engine": "torch",
             "version": f"torch {torch.__version__}, transformers {transformers.__version__}",
@@ -138,6 +146,7 @@ class TorchSession:
             "cache_type": self.run.dtype,
             "cache_bytes_per_token": self.blueprint.cache_bytes_per_token(self._dtype.itemsize),
             "lookup_tokens": self.decode.lookup_tokens,
+            **({"adapter": self.adapter} if self.adapter else {}),
         }
 
     def _types(self) -> dict[str, int]:
@@ -156,9 +165,9 @@ class TorchSession:
             raise DataError(
                 f"a prompt must be one or more token ids from 0 to {self.vocab - 1}; tokenize the text again"
             )
-        if length > self.run.context:
+        if length > self._room:
             raise DataError(
-                f"{length} tokens do not fit the context of {self.run.context};"
+                f"{length} tokens do not fit the context of {self._room};"
                 " shorten the text or raise the context of the run plan"
             )
         return ids
@@ -208,10 +217,10 @@ def _one_sentence(model: Model) -> Iterator[None]:
 
 
 class _Text:
-    """`_drafting.Passes` with a cache of its own."""
+    """`_drafting.Passes` with a cache of its own, in which `before` places are taken before the text."""
 
-    def __init__(self, forward: Callable[..., tuple[Any, Any]], prompt: list[int]) -> None:
-        self.forward, self.prompt, self.filled = forward, prompt, len(prompt)
+    def __init__(self, forward: Callable[..., tuple[Any, Any]], prompt: list[int], before: int = 0) -> None:
+        self.forward, self.prompt, self.before, self.filled = forward, prompt, before, len(prompt)
         self.cache: Any = None
 
     def first(self) -> Sequence[NDArray[np.float32]]:
@@ -221,7 +230,7 @@ class _Text:
 
     def next(self, token: int, draft: list[int], kept: int) -> Sequence[NDArray[np.float32]]:
         if kept < self.filled:
-            self.cache.crop(kept)
+            self.cache.crop(self.before + kept)
         self.filled = kept + 1 + len(draft)
         logits, self.cache = self.forward([[token, *draft]], self.cache, keep=1 + len(draft))
         rows: Sequence[NDArray[np.float32]] = logits[0]

@@ -1,12 +1,14 @@
 """A Hugging Face folder in the dtype the run plan asks for: float32, or bfloat16 at half the bytes.
 
 bfloat16 keeps float32's range with 8 bits of precision (relative rounding error up to 2^-9); it halves what one token
-must read from memory. Integer tensors, and the scales that belong to them, keep their type.
+must read from memory. Integer tensors, and the scales that belong to them, keep their type. An adapter beside the
+weights is copied as it is.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from fivefold.errors import NotFinite
 from fivefold.files import storage
-from fivefold.model import Model, read_config
+from fivefold.model import ADAPTER, Model, read_config
 from fivefold.weights import StoredTensor, copy_side_files, dump_json, read_tensors, to_bfloat16, write_safetensors
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -60,6 +62,8 @@ def write_folder(model: Model, folder: Path) -> Model:
     with storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         copy_side_files(model.path, folder)
+        if (model.path / ADAPTER).is_dir():
+            shutil.copytree(model.path / ADAPTER, folder / ADAPTER, dirs_exist_ok=True)
     config = {k: v for k, v in read_config(model.path).items() if k != "torch_dtype"}
     dump_json(folder / "config.json", {**config, "dtype": model.run.dtype})
     write_safetensors(folder / "model.safetensors", tensors)

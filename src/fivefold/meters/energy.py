@@ -115,15 +115,19 @@ class EnergyMeter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
+        self._closed.set()
+        self.energy = self.so_far()
+
+    def so_far(self) -> Quantity:
+        """J since the window opened."""
         self.seconds = self._clock() - self._wall0
         self.cpu_seconds = self._cpu_clock() - self._cpu0
         if self._rapl:
-            self._closed.set()
             processor = Quantity(value=self._rapl.read(), unit="J", method="measured", reason="RAPL")
         else:
             model = PowerModel.of(self._machine)
             processor = model.joules(wall=self.seconds, cpu=self.cpu_seconds, cores=self._machine.cores)
-        self.energy = self._with_gpu(processor)
+        return self._with_gpu(processor)
 
     def _with_gpu(self, processor: Quantity) -> Quantity:
         if not self._machine.gpus:

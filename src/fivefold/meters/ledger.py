@@ -84,6 +84,12 @@ class metered:
         self._energy.__enter__()
         return self
 
+    def so_far(self) -> tuple[Quantity, Quantity]:
+        """(J, USD) since the window opened."""
+        joules = self._energy.so_far()
+        seconds = _measured(time.perf_counter() - self._start, "s")
+        return joules, money.cost(self.prices, self.machine, seconds=seconds, joules=joules)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._energy.__exit__(kind, error, trace)

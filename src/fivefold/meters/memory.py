@@ -77,6 +77,10 @@ class PeakMemory:
             else Quantity(value=torch.cuda.max_memory_allocated(), unit="byte", method="measured")
         )
 
+    def so_far(self) -> int:
+        """Peak resident bytes since the window opened."""
+        return max(self._noted, _high_water() if self._reset else max(self._sampled, _resident()))
+
     def _sample(self) -> None:
         while not self._closed.wait(SAMPLE_SECONDS):
             self._sampled = max(self._sampled, _resident())

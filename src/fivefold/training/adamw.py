@@ -18,10 +18,24 @@ import torch
 from fivefold.training.optimizer import Optimizer, pieces
 from fivefold.training.precision import Dice, State, read, write
 
+BETAS = (0.9, 0.98)
+
+
+def direction(
+    gradient: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, step: int, betas: tuple[float, float],
+    eps: float,
+) -> torch.Tensor:
+    """What Adam moves against, a new tensor; the float32 averages take the float32 gradient in."""
+    first, second = betas
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    root = square.sqrt().div_(math.sqrt(1 - second**step)).add_(eps)
+    return torch.div(mean, root, out=root).div_(1 - first**step)
+
 
 class AdamW(Optimizer):
     def __init__(
-        self, *, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-8, decay: float = 0.0,
+        self, *, betas: tuple[float, float] = BETAS, eps: float = 1e-8, decay: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.betas, self.eps, self.decay, self.dtype = betas, eps, decay, dtype
@@ -36,16 +50,12 @@ class AdamW(Optimizer):
         self, weight: torch.Tensor, gradient: torch.Tensor, state: State, beside: State, rate: float, step: int,
         dice: Dice | None,
     ) -> None:
-        first, second = self.betas
-        size, root = rate / (1 - first**step), math.sqrt(1 - second**step)
         for w, g, (m, v), near in pieces(weight, gradient, (state["mean"], state["square"]), beside):
-            wide, mean, square, value = g.float(), m.float(), v.float(), read(w, near)
-            mean.lerp_(wide, 1 - first)
-            square.mul_(second).addcmul_(wide, wide, value=1 - second)
+            mean, square, value = m.float(), v.float(), read(w, near)
+            move = direction(g.float(), mean, square, step, self.betas, self.eps)
             if self.dtype != torch.float32:
                 m.copy_(mean)
                 v.copy_(square)
             if self.decay:
                 value.mul_(1 - rate * self.decay)
-            value.addcdiv_(mean, square.sqrt().div_(root).add_(self.eps), value=-size)
-            write(w, value, near, dice)
+            write(w, value.sub_(move, alpha=rate), near, dice)

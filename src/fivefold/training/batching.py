@@ -14,6 +14,7 @@ Source: packing without cross-contamination, Krell et al., arXiv 2107.02027.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -62,17 +63,24 @@ class Stream:
     layout: Layout = "pack"
 
     @cached_property
+    def longest(self) -> int:
+        return max(len(row.tokens) for row in self.rows)
+
+    @cached_property
     def length(self) -> int:
         """Positions of a packed row: the longest example, rounded up, or more where examples are short."""
-        longest = max(len(row.tokens) for row in self.rows)
-        return -(-max(longest, min(ROW, self.tokens_per_step)) // ROUND) * ROUND
+        return _rounded(max(self.longest, min(ROW, self.tokens_per_step)))
+
+    @cached_property
+    def _begins(self) -> list[int]:
+        """The step each round begins at, as far as it is known."""
+        return [0]
 
     def step(self, number: int) -> list[Batch]:
-        epoch, place = 0, number
-        while place >= len(self.epoch(epoch)):
-            place -= len(self.epoch(epoch))
-            epoch += 1
-        return self._batches(self.epoch(epoch)[place])
+        while self._begins[-1] <= number:
+            self._begins.append(self._begins[-1] + len(self.epoch(len(self._begins) - 1)))
+        epoch = bisect_right(self._begins, number) - 1
+        return self._batches(self.epoch(epoch)[number - self._begins[epoch]])
 
     @lru_cache(maxsize=2)  # noqa: B019
     def epoch(self, number: int) -> list[list[list[int]]]:
@@ -104,11 +112,15 @@ class Stream:
             return [packed(rows[i : i + width], self.length) for i in range(0, len(rows), width)]
         groups: list[list[Example]] = []
         for row in sorted((row for held in rows for row in held), key=lambda row: len(row.tokens)):
-            if groups and (len(groups[-1]) + 1) * len(row.tokens) <= self.at_once:
+            if groups and (len(groups[-1]) + 1) * min(_rounded(len(row.tokens)), self.longest) <= self.at_once:
                 groups[-1].append(row)
             else:
                 groups.append([row])
-        return [padded(group) for group in groups]
+        return [padded(group, self.longest) for group in groups]
+
+
+def _rounded(length: int) -> int:
+    return -(-length // ROUND) * ROUND
 
 
 def _bins(order: Sequence[int], lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -146,9 +158,9 @@ def _targets(row: Example) -> NDArray[np.int64]:
     return np.where(np.append(row.learn[1:], False), after, IGNORE)
 
 
-def padded(rows: Sequence[Example]) -> Batch:
-    """One example per row, padded on the right to the longest, rounded up."""
-    length = -(-max(len(row.tokens) for row in rows) // ROUND) * ROUND
+def padded(rows: Sequence[Example], most: int) -> Batch:
+    """One example per row, padded on the right to the longest, rounded up but to `most`, so never out of context."""
+    length = min(_rounded(max(len(row.tokens) for row in rows)), most)
     tokens = np.full((len(rows), length), PAD, np.int64)
     targets = np.full((len(rows), length), IGNORE, np.int64)
     for i, row in enumerate(rows):

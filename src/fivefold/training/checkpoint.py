@@ -83,4 +83,5 @@ class Keeper:
 
 
 def _flat(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor if hasattr(tensor, "raw") else tensor.detach().contiguous()
+            for name, tensor in tensors.items()}

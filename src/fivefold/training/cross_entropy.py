@@ -81,5 +81,7 @@ def head_loss(
     where = (wanted != IGNORE).nonzero().squeeze(-1)
     if len(where) < len(wanted):
         flat, wanted = flat[where], wanted[where]
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
     total: torch.Tensor = _HeadLoss.apply(flat, weight, wanted, 1.0 / max(1, len(wanted) if count is None else count))
     return total

@@ -7,12 +7,12 @@
 The loss is on answers only: the assistant's turns with the token that ends them, the completion, the label. A prompt
 and its answer are tokenised together and cut where the prompt's own tokens end, as they will be met when the model is
 asked. A label is asked for with `template`, in which {text} is the row's text; the labels seen are the choices, in
-name order.
+name order. Other fields and columns are ignored.
 
-The held-out part is chosen by a hash of each row's content, so it is the same part in every order of the file, and a
-row that occurs twice is on one side only.
+The held-out part is chosen by a hash of what is learned of each row, so it is the same part in every order of the file,
+and a row that occurs twice is on one side only.
 
-Nothing in a file is executed. Every error names its line.
+Nothing in a file is executed. Every error names its line: where a row begins, for a CSV with line breaks in quotes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fivefold.errors import DataError
+from fivefold.errors import DataError, ModelError
 from fivefold.tokenizer import Tokenizer
 
 MAX_BYTES = 2 << 30
@@ -98,17 +98,24 @@ class _Reader:
         where = f"line {line} of {self.name}"
         if not isinstance(row, dict):
             raise DataError(f"{where} is not a JSON object; write one of {SHAPES}")
-        digest = hashlib.sha256(json.dumps(row, sort_keys=True).encode()).digest()
-        if "messages" in row:
-            tokens, learn = self._chat(row["messages"], where)
-            text = label = ""
-        elif "prompt" in row or "completion" in row:
-            prompt, completion = (self._text(row, key, where) for key in ("prompt", "completion"))
-            tokens, learn = self._pair(prompt, completion, where)
-            text = label = ""
-        else:
-            text, label = (self._text(row, key, where) for key in ("text", "label"))
-            tokens, learn = self._pair(self.template.replace("{text}", text), f" {label}", where)
+        used: dict[str, Any]
+        text = label = ""
+        try:
+            if "messages" in row:
+                used = {"messages": row["messages"]}
+                tokens, learn = self._chat(row["messages"], where)
+            elif "prompt" in row or "completion" in row:
+                used = {key: self._text(row, key, where) for key in ("prompt", "completion")}
+                tokens, learn = self._pair(used["prompt"], used["completion"], where)
+            else:
+                used = {key: self._text(row, key, where) for key in ("text", "label")}
+                text, label = used["text"], used["label"]
+                tokens, learn = self._pair(self.template.replace("{text}", text), f" {label}", where)
+            digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).digest()
+        except (DataError, ModelError) as error:
+            raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        except RecursionError:
+            raise DataError(f"{where} is nested too deeply; write one of {SHAPES}") from None
         if len(tokens) > self.context:
             raise DataError(f"{where} is {len(tokens)} tokens long and the model's context is {self.context};"
                             " shorten the row")
@@ -125,32 +132,42 @@ class _Reader:
 
     def _pair(self, prompt: str, answer: str, where: str) -> tuple[list[int], list[bool]]:
         before, whole = self.tokenizer.encode(prompt), self.tokenizer.encode(prompt + answer)
-        shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b),
-                      min(len(before), len(whole)))
+        shared = _shared(before, whole)
         tokens = [*whole, *self.stop]
         if shared == 0:
             raise DataError(f"{where} has a prompt without a token; write at least one word")
         return tokens, [i >= shared for i in range(len(tokens))]
 
     def _chat(self, messages: Any, where: str) -> tuple[list[int], list[bool]]:
-        if not isinstance(messages, list) or not any(
-            isinstance(m, dict) and m.get("role") == "assistant" for m in messages
-        ):
+        messages = messages if isinstance(messages, list) else []
+        answers = [i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"]
+        if not answers:
             raise DataError(f"{where} has no assistant message to learn; add one")
-        try:
-            tokens = self.tokenizer.chat(messages, add_generation_prompt=False)
-            learn = [False] * len(tokens)
-            for i, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    asked = self.tokenizer.chat(messages[:i], add_generation_prompt=True) if i else []
-                    answered = self.tokenizer.chat(messages[: i + 1], add_generation_prompt=False)
-                    if tokens[: len(answered)] != answered or answered[: len(asked)] != asked:
-                        raise DataError(f"{where}: the model's chat template rewrites earlier turns, so its answers"
-                                        " cannot be told apart; use prompt and completion")
-                    learn[len(asked) : len(answered)] = [True] * (len(answered) - len(asked))
-        except DataError as error:
-            raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        tokens = self.tokenizer.chat(messages, add_generation_prompt=False)
+        learn = [False] * len(tokens)
+        for i in answers:
+            if not messages[i]["content"].strip():
+                raise DataError(f"{where} has an empty assistant message; fill it in or remove the row")
+            before, after = self._said(messages[:i], True) if i else "", self._said(messages[: i + 1], False)
+            if not self._said(messages, False).startswith(after) or not after.startswith(before):
+                raise DataError(f"{where}: the model's chat template rewrites earlier turns, so its answers"
+                                " cannot be told apart; use prompt and completion")
+            asked = _shared(tokens, self.tokenizer.chat(messages[:i], True)) if i else 0
+            end = _shared(tokens, self.tokenizer.chat(messages[: i + 1], False))
+            ends = [at + 1 for at in range(asked, end) if tokens[at] in self.tokenizer.stop]
+            end = ends[-1] if ends else end
+            learn[asked:end] = [True] * (end - asked)
+            if not ends and i == len(messages) - 1:
+                return [*tokens, *self.stop], [*learn, *(True for _ in self.stop)]
         return tokens, learn
+
+    def _said(self, messages: Any, asking: bool) -> str:
+        return self.tokenizer.chat_text(messages, add_generation_prompt=asking)
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def read(
@@ -189,6 +206,8 @@ def read(
 
 def _content(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path} is not a file; give a .jsonl or .csv file")
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path.name} is larger than {MAX_BYTES >> 30} GiB; give a part of it")
         return path.read_text(encoding="utf-8-sig")
@@ -203,21 +222,25 @@ def _json_lines(text: str, name: str) -> Iterator[tuple[int, Any]]:
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):
                 raise DataError(f"line {number} of {name} is not JSON; write one object per line") from None
 
 
 def _csv(text: str, name: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(16 << 20)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    line = 1
     try:
-        columns = reader.fieldnames or []
+        columns = next(reader, [])
         if not {"text", "label"} <= set(columns):
             raise DataError(f"{name} has the columns {', '.join(columns)[:100] or 'none'}; a CSV needs text and label")
-        for row in reader:
-            yield reader.line_num, {"text": row.get("text"), "label": row.get("label")}
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                if len(cells) != len(columns):
+                    raise DataError(f"line {line} of {name} has {len(cells)} cells and the first line has"
+                                    f" {len(columns)}; put texts with commas in quotes")
+                yield line, dict(zip(columns, cells, strict=True))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"line {reader.line_num} of {name} is not CSV ({error}); correct it") from None
-
-
-Reader = Callable[[str, str], Iterator[tuple[int, Any]]]
+        raise DataError(f"line {line} of {name} is not CSV ({error}); correct it") from None

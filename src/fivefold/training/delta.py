@@ -2,13 +2,16 @@
 
 A sparse difference lists, per tensor of the model, the flat positions that changed and by how much:
 
-    name.index   int32 (k,), rising          name.value   float32 (k,)
+    name.index   int32 (k,), rising; left out where the first k positions changed (a bias, as a whole)
+    name.value   float32 (k,)
 
-8 bytes per changed number. Differences of one parent add up: the sum of two is applied like one, so a language and a
-task learned apart can be put on together. A difference is bound to its parent by the parent's hash, and applied to no
-other.
+8 bytes per changed number, 4 in a tensor that changed as a whole. The trained model is *defined* as parent + difference
+in float32, so the file gives the model back bit for bit. (In floating point a + (b - a) is not always b, so it would
+not if both were rounded from b.) Differences of one parent add up: the sum of several is applied like one, whatever
+their order, so a language and a task learned apart can be put on together. A difference is bound to its parent by the
+parent's hash, and applied to no other.
 
-It does not pay when most numbers changed: from half of them on, the whole tensor in float32 is smaller.
+It does not pay when most numbers of the model changed: then the trained tensors themselves are the smaller file.
 
 Source: Ansell et al., arXiv 2110.07560 (composing sparse fine-tunings).
 """
@@ -30,21 +33,41 @@ from fivefold.weights import check_safetensors, write_safetensors
 FILE = "delta.safetensors"
 
 
+Index = NDArray[np.int32] | NDArray[np.int64]
+Entry = tuple[Index, NDArray[np.float32]]
+
+
+def changed(before: NDArray[np.float32], after: NDArray[np.float32]) -> Entry:
+    """(flat positions, differences) of two tensors; all positions where listing them would take more room."""
+    change = (after - before).reshape(-1)
+    index = np.flatnonzero(change)
+    if 2 * len(index) > len(change):
+        index = np.arange(len(change))
+    return _narrow(index), change[index]
+
+
+def _narrow(index: NDArray[Any]) -> Index:
+    return index.astype(np.int64) if len(index) and index[-1] >= 1 << 31 else index.astype(np.int32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sparse:
-    """Tensor name -> (flat positions int32, differences float32); `parent` is the hash of the model they belong to."""
+    """Tensor name -> (flat positions, rising; differences); `parent` is the hash of the model they belong to."""
 
     parent: str
-    entries: Mapping[str, tuple[NDArray[np.int32], NDArray[np.float32]]]
+    entries: Mapping[str, Entry]
 
     @property
     def count(self) -> int:
-        return sum(len(index) for index, _ in self.entries.values())
+        """Numbers that differ."""
+        return sum(int(np.count_nonzero(value)) for _, value in self.entries.values())
 
     def save(self, path: Path) -> Path:
         tensors: dict[str, Any] = {}
         for name, (index, value) in self.entries.items():
-            tensors[f"{name}.index"], tensors[f"{name}.value"] = index.astype(np.int32), value.astype(np.float32)
+            tensors[f"{name}.value"] = value.astype(np.float32)
+            if len(index) and index[-1] >= len(index):
+                tensors[f"{name}.index"] = index
         return write_safetensors(path, tensors, {"parent": self.parent})
 
     @classmethod
@@ -55,48 +78,55 @@ class Sparse:
         stored = check_safetensors(path)
         with safe_open(path, "np") as file:
             parent = (file.metadata() or {}).get("parent", "")
-        entries = {}
-        for name in sorted({n.removesuffix(".index") for n in stored if n.endswith(".index")}):
-            if f"{name}.value" not in stored:
-                raise DataError(f"{path} lacks the values of {name}; save the difference again")
-            index, value = stored[f"{name}.index"].numpy(), stored[f"{name}.value"].numpy()
-            if index.shape != value.shape or index.ndim != 1 or (len(index) and (np.diff(index) <= 0).any()):
+        names = sorted(n.removesuffix(".value") for n in stored if n.endswith(".value"))
+        if not parent or {n for n in stored if not n.endswith(".value")} - {f"{n}.index" for n in names}:
+            raise DataError(f"{path} is no sparse difference of a model; give the {FILE} of a training run")
+        entries: dict[str, Entry] = {}
+        for name in names:
+            value = stored[f"{name}.value"].numpy()
+            index = stored[f"{name}.index"].numpy() if f"{name}.index" in stored else np.arange(value.size)
+            if index.shape != value.shape or index.ndim != 1 or index.dtype.kind != "i" or (np.diff(index) <= 0).any():
                 raise DataError(f"{path} has positions of {name} that do not fit its values; save it again")
-            entries[name] = (index.astype(np.int32), value.astype(np.float32))
-        if not parent or 2 * len(entries) != len(stored):
-            raise DataError(f"{path} is no sparse difference of a model; give the delta.safetensors of a training run")
+            if value.dtype != np.float32 or not np.isfinite(value).all():
+                raise DataError(f"{path} has values of {name} that are not finite numbers; train again")
+            entries[name] = (_narrow(index), value)
         return cls(parent=parent, entries=entries)
+
+    def added(self, name: str, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The tensor `name` of the parent, in float32, with its difference added."""
+        index, value = self.entries[name]
+        whole = np.array(tensor, np.float32)
+        if len(index) and (index[0] < 0 or index[-1] >= whole.size):
+            raise DataError(f"the difference of {name} reaches outside the tensor; save it again")
+        whole.reshape(-1)[index] += value
+        return whole
 
     def apply(self, tensors: Mapping[str, Any], parent: str) -> dict[str, Any]:
         """The tensors (numpy or stored) with the difference added. Raises DataError for another parent."""
         if parent != self.parent:
             raise DataError("this difference was learned on another model; apply it to the one it was learned on")
         out = dict(tensors)
-        for name, (index, value) in self.entries.items():
+        for name in self.entries:
             if name not in out:
                 raise DataError(f"the model has no tensor {name}; apply the difference to the one it was learned on")
             given = out[name]
-            whole = np.array(given if isinstance(given, np.ndarray) else given.numpy(), np.float32)
-            if len(index) and (index[0] < 0 or index[-1] >= whole.size):
-                raise DataError(f"the difference of {name} reaches outside the tensor; save it again")
-            whole.reshape(-1)[index] += value
-            out[name] = whole
+            out[name] = self.added(name, given if isinstance(given, np.ndarray) else given.numpy())
         return out
 
 
 def compose(parts: Sequence[Sparse]) -> Sparse:
-    """The sum of differences of one parent. Raises DataError when their parents differ."""
+    """The sum of differences of one parent, the same bits in any order. Raises DataError when their parents differ."""
     if len({part.parent for part in parts}) != 1:
-        raise DataError("the differences were learned on different models and cannot be added; train them on one")
-    entries: dict[str, tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
-    for part in parts:
-        for name, (index, value) in part.entries.items():
-            old = entries.get(name, (np.empty(0, np.int32), np.empty(0, np.float32)))
-            both = np.union1d(old[0], index).astype(np.int32)
-            total = np.zeros(len(both), np.float32)
-            total[np.searchsorted(both, old[0])] += old[1]
-            total[np.searchsorted(both, index)] += value
-            entries[name] = (both, total)
+        raise DataError("only differences that were learned on one model can be added; give some of the same parent")
+    entries: dict[str, Entry] = {}
+    for name in sorted({name for part in parts for name in part.entries}):
+        found = [part.entries[name] for part in parts if name in part.entries]
+        index = np.concatenate([index for index, _ in found])
+        value = np.concatenate([value for _, value in found])
+        order = np.lexsort((value, index))
+        both, first = np.unique(index[order], return_index=True)
+        total = np.add.reduceat(value[order].astype(np.float64), first) if len(first) else np.zeros(0)
+        entries[name] = (_narrow(both), total.astype(np.float32))
     return Sparse(parent=parts[0].parent, entries=entries)
 
 
@@ -114,8 +144,14 @@ class Delta:
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     beside: bool = False
 
+    @property
+    def dense(self) -> frozenset[str]:
+        """Parameters whose change is in no file: they themselves are what one would send."""
+        adapter = any(name.endswith(".safetensors") for name in self.files)
+        return frozenset() if adapter else frozenset(self.weights) - self.sparse
+
     def write(self, folder: Path, sparse: Sparse | None) -> int:
-        """The bytes of what was written: what one would send to somebody who has the parent."""
+        """The bytes of what was written: with `dense`, what one would send to somebody who has the parent."""
         folder.mkdir(parents=True, exist_ok=True)
         if sparse is not None:
             sparse.save(folder / FILE)

@@ -14,6 +14,9 @@ at its lowest, so fitting cannot leave the model worse on that text than it was.
 row without a better score end the run. A loss or score that is not finite raises NotFinite: nothing half-trained is
 handed on, and the last checkpoint stays.
 
+A technique may train in phases: each begins with a fresh optimiser and its own schedule, and only scores of the last
+one, and the one before all steps, count.
+
 A checkpoint holds all that decides the next step: weights, what lies beside them, optimiser state, random streams, the
 step. Batches are a function of the step, so a resumed run repeats an uninterrupted one bit for bit (same threads, same
 machine).
@@ -23,7 +26,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +41,7 @@ from fivefold.training.adamw import AdamW
 from fivefold.training.checkpoint import Keeper
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.precision import Dice, Held, State, carry, read, write
+from fivefold.training.shelf import Shelf
 
 Tokens = NDArray[np.int64]
 Micro = Sequence[tuple[Any, float]]
@@ -72,7 +77,13 @@ class Hooks:
     gradients: Callable[[int], None] = lambda step: None
     stepped: Callable[[int], None] = lambda step: None
     buffers: Callable[[], Mapping[str, torch.Tensor]] = dict
+    phases: Sequence[int] = ()
+    """After how many steps training begins anew: optimiser state, step count and schedule."""
+    anew: Callable[[Callable[[str], torch.Tensor]], Iterable[str]] = lambda value: ()
+    """Called there with `Fitted.value`; the parameters it names return to the value they began the run with."""
     listen: Callable[[Step], None] = lambda step: None
+    shelf: Shelf = field(default_factory=Shelf)
+    """Where optimiser states, and what lies beside weights, are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +103,11 @@ class Fitted:
     stopped: str = ""
 
 
-def rate_at(step: int, plan: TrainPlan) -> float:
-    """The share of the base learning rate at 0-based `step`."""
-    warm = max(1, round(plan.warmup * plan.steps))
-    return min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / plan.steps)) / 2
+def rate_at(step: int, plan: TrainPlan, steps: int = 0) -> float:
+    """The share of the base learning rate at 0-based `step` of `steps` (default: the plan's)."""
+    steps = steps or plan.steps
+    warm = max(1, round(plan.warmup * steps))
+    return min(1.0, (step + 1) / warm) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def windows(tokens: Tokens, rows: int, seed: int, at_once: int) -> Callable[[int], Micro]:
@@ -123,26 +135,27 @@ def fit(
 
     `exact` gives the float32 value a parameter in bfloat16 begins at. `plan.seconds` > 0 ends the run after that time.
     """
-    run = _Run(plan, groups, loss, optimizer or AdamW(), held, fused, hooks, keeper or Keeper())
+    run = _Run(plan, groups, loss, optimizer or AdamW(), held, fused, hooks, keeper or Keeper(), exact)
     first = run.resume()
     if first == 0:
-        run.begin(exact)
+        run.begin()
         run.judge(0, score())
     due = {math.ceil(plan.steps * (k + 1) / checks) for k in range(checks)}
     stopped = ""
     for number in range(first, plan.steps):
         value = run.step(number, stream(number))
         found = None
-        if number + 1 in due:
+        counts = run.phase(number)[1] == plan.steps
+        if counts and number + 1 in due:
             found = score()
             run.judge(number + 1, found)
         hooks.listen(Step(step=number + 1, steps=plan.steps, loss=value, norm=run.norm, seconds=run.seconds,
-                          rate=plan.learning_rate * rate_at(number, plan), score=found))
+                          rate=plan.learning_rate * run.share(), score=found))
         run.save(number + 1, last=number + 1 == plan.steps)
         if patience and run.checks_without_gain >= patience and number + 1 < plan.steps:
             stopped = f"no better held-out score in {patience} checks"
             break
-        if 0 < plan.seconds < run.seconds and number + 1 < plan.steps:
+        if counts and 0 < plan.seconds < run.seconds and number + 1 < plan.steps:
             stopped = f"the time of {plan.seconds:.0f} s is used up"
             run.judge(number + 1, score()) if found is None else None
             break
@@ -163,6 +176,7 @@ class _Run:
     fused: bool
     hooks: Hooks
     keeper: Keeper
+    exact: Callable[[str], torch.Tensor] | None = None
     norm: float = 0.0
     before: float = math.nan
     history: list[tuple[int, float]] = field(default_factory=list)
@@ -174,29 +188,57 @@ class _Run:
         named = [(name, p, group.rate) for group in self.groups for name, p in group.parameters.items()]
         self.parameters = {name: p for name, p, _ in named}
         self.rates = {name: rate for name, _, rate in named}
-        self.beside = {name: carry(p.data, self._held(p)) for name, p in self.parameters.items()}
+        self.beside = {name: self._placed(carry(p.data, self._held(p))) for name, p in self.parameters.items()}
         self.dice = Dice(self.plan.seed) if self.held == "stochastic" else None
         self.started, self.spent, self.number = time.monotonic(), 0.0, 0
         if self.fused:
             for name, p in self.parameters.items():
                 p.register_post_accumulate_grad_hook(lambda _, name=name: self._at_once(name))
 
+    def _placed(self, state: State) -> State:
+        return {key: self.hooks.shelf.place(tensor) for key, tensor in state.items()}
+
     def _held(self, parameter: torch.Tensor) -> Held:
         return "float32" if parameter.dtype == torch.float32 else self.held
 
-    @torch.no_grad()
-    def begin(self, exact: Callable[[str], torch.Tensor] | None) -> None:
-        for name, p in self.parameters.items() if exact is not None else ():
-            if p.dtype != torch.float32:
-                assert exact is not None
-                write(p.data.view(-1), exact(name).reshape(-1).clone(), self._flat(name), None)
+    def begin(self) -> None:
+        for name, p in self.parameters.items():
+            if self.exact is not None and p.dtype != torch.float32:
+                self._put_back(name)
 
-    def _flat(self, name: str) -> State:
-        return {key: tensor.view(-1) for key, tensor in self.beside[name].items()}
+    @torch.no_grad()
+    def _put_back(self, name: str) -> None:
+        """The value the parameter began the run with."""
+        assert self.exact is not None, f"it is not known what {name} began with"
+        with self._flat(name) as near:
+            for tensor in near.values():
+                tensor.zero_()
+            write(self.parameters[name].data.view(-1), self.exact(name).reshape(-1).clone(), near, None)
+
+    def phase(self, number: int) -> tuple[int, int]:
+        """The 0-based steps from and before which the phase of step `number` runs."""
+        begun = max((at for at in self.hooks.phases if at <= number), default=0)
+        return begun, min((at for at in self.hooks.phases if at > number), default=self.plan.steps)
+
+    def share(self) -> float:
+        """Of the base learning rate, at this step of its phase."""
+        begun, end = self.phase(self.number)
+        return rate_at(self.number - begun, self.plan, end - begun)
+
+    @property
+    def count(self) -> int:
+        """Steps of the phase, this one included."""
+        return self.number + 1 - self.phase(self.number)[0]
+
+    @contextmanager
+    def _flat(self, name: str) -> Iterator[State]:
+        with self.hooks.shelf.lend(self.beside[name]) as near:
+            yield {key: tensor.view(-1) for key, tensor in near.items()}
 
     def value(self, name: str) -> torch.Tensor:
         data = self.parameters[name].data
-        return read(data.view(-1), self._flat(name)).view(data.shape)
+        with self._flat(name) as near:
+            return read(data.view(-1), near).view(data.shape)
 
     @property
     def seconds(self) -> float:
@@ -204,7 +246,11 @@ class _Run:
 
     def step(self, number: int, micro: Micro) -> float:
         self.number = number
-        self.optimizer.begin(number + 1, self.parameters, self.states)
+        if number in self.hooks.phases:
+            self.states.clear()
+            for name in self.hooks.anew(self.value):
+                self._put_back(name)
+        self.optimizer.begin(self.count, self.parameters, self.states)
         if self.optimizer.needs_gradients:
             value = self._backward(micro)
             if not self.fused:
@@ -232,7 +278,7 @@ class _Run:
         return total
 
     def _rate(self, name: str) -> float:
-        return self.plan.learning_rate * self.rates[name] * rate_at(self.number, self.plan)
+        return self.plan.learning_rate * self.rates[name] * self.share()
 
     def _at_once(self, name: str) -> None:
         """The fused update; clipped by the norm of the step before."""
@@ -258,9 +304,10 @@ class _Run:
     def _update(self, name: str, gradient: torch.Tensor) -> None:
         weight = self.parameters[name].data
         if name not in self.states:
-            self.states[name] = self.optimizer.state(weight)
-        self.optimizer.update(weight, gradient, self.states[name], self.beside[name], self._rate(name),
-                              self.number + 1, self.dice)
+            self.states[name] = self._placed(self.optimizer.state(weight))
+        lend = self.hooks.shelf.lend
+        with lend(self.states[name]) as state, lend(self.beside[name]) as near:
+            self.optimizer.update(weight, gradient, state, near, self._rate(name), self.count, self.dice)
 
     @torch.no_grad()
     def _without_gradients(self, micro: Micro) -> float:
@@ -270,8 +317,8 @@ class _Run:
                 raise NotFinite(_diverged(value, self.number + 1))
             return value
 
-        rate = self.plan.learning_rate * rate_at(self.number, self.plan)
-        return self.optimizer.without_gradients(loss, self.parameters, self.beside, rate, self.number + 1)
+        rates = {name: self._rate(name) for name in self.parameters}
+        return self.optimizer.without_gradients(loss, self.parameters, self.beside, rates, self.count)
 
     def judge(self, step: int, score: float) -> None:
         if not math.isfinite(score):
@@ -279,7 +326,7 @@ class _Run:
         if not self.history:
             self.before = score
         if score < min((s for _, s in self.history), default=math.inf):
-            self.keeper.keep_best(self._trained())
+            self.keeper.keep_best(self._stored(self._trained()))
         self.history.append((step, score))
 
     @property
@@ -294,6 +341,10 @@ class _Run:
             f"buffer/{n}": t for n, t in self.hooks.buffers().items()
         }
 
+    def _stored(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """For a file; best states in memory are copies of the tensors themselves."""
+        return {n: self.hooks.shelf.stored(t) if self.keeper.lasting else t for n, t in tensors.items()}
+
     def _all(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._trained().items()
         for name, state in self.states.items():
@@ -306,7 +357,7 @@ class _Run:
         if self.keeper.due(self.seconds) or (last and self.keeper.lasting):
             meta = {"step": step, "history": self.history, "losses": self.losses, "norm": self.norm,
                     "seconds": self.seconds, "states": {n: list(s) for n, s in self.states.items()}}
-            self.keeper.save(dict(self._all()), meta, self.seconds)
+            self.keeper.save(self._stored(dict(self._all())), meta, self.seconds)
 
     def resume(self) -> int:
         found = self.keeper.load()
@@ -316,7 +367,7 @@ class _Run:
         for name, tensor in self._trained().items():
             tensor.copy_(tensors[name])
         for name, keys in meta["states"].items():
-            self.states[name] = {key: tensors[f"state/{name}/{key}"].clone() for key in keys}
+            self.states[name] = self._placed({key: tensors[f"state/{name}/{key}"].clone() for key in keys})
         if self.dice is not None:
             self.dice.state.copy_(tensors["dice"])
         torch.set_rng_state(tensors["random"].clone())

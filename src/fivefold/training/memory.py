@@ -1,6 +1,6 @@
 """What training will take, by formula, before any of it is allocated.
 
-    peak = process + weights + beside + gradients + optimiser state + activations + head
+    peak = process + max(weights + beside + gradients + optimiser state + activations + head, loading)
 
     process       what the interpreter and its libraries hold when training begins: read, not guessed
     weights       2 bytes per number in bfloat16, 4 in float32
@@ -11,7 +11,8 @@
                       lean     2 d + 2 h + 2 k + 2 f    d width, h and k all heads and key-value heads, f
                                                         feed-forward
                       plain    about 12 d + 3 h + 3 k + 5 f  (layers of a family that `lean` does not know)
-                  checkpointed layers keep d, and one of them is made again at a time
+                  checkpointed layers, the first ones, keep d; by the time one is made again those after it are gone
+    loading       weights and, mapped while they are converted, the files they come from
     head          the logits of one chunk in float32 and what is made of them; the gradient of a trained head
 
 Whatever the allocator leaves unused between tensors is counted as `SLACK` of the sum (glibc, measured on runs of 0.9 to
@@ -46,6 +47,7 @@ class Needs:
     state: float
     activations: float
     head: float
+    loading: float = 0.0
 
     @property
     def slack(self) -> float:
@@ -53,7 +55,8 @@ class Needs:
 
     @property
     def peak(self) -> float:
-        return sum(getattr(self, f.name) for f in fields(self)) + self.slack
+        parts = (f.name for f in fields(self) if f.name != "loading")
+        return max(sum(getattr(self, name) for name in parts) + self.slack, self.loading)
 
 
 def needs(
@@ -66,6 +69,8 @@ def needs(
     """
     trained = shapes if shapes is not None else model_shapes(blueprint)
     sizes = {name: math.prod(shape) for name, shape in trained.items()}
+    live = optimizer.at_once(trained)
+    resident = methods.saving.resident if methods.saving else sum
     width = element if whole else 4
     held = carry_bytes(plan.held) if whole and element == 2 else 0
     largest = max(sizes.values(), default=0)
@@ -73,18 +78,21 @@ def needs(
     weights = adaptation.weight_bytes(blueprint, element) if adaptation else element * blueprint.parameters
     gradients = 0.0
     if optimizer.needs_gradients:
-        gradients = float(width * (largest if fused else sum(sizes.values())))
+        gradients = float(width * (largest if fused else sum(sizes[name] for name in live)))
     layers = blueprint.layers if kept_layers is None else kept_layers
-    per_layer = float(element * plan.at_once * layer_elements(blueprint))
-    kept = layers * per_layer
+    more = adaptation.kept(blueprint) if adaptation else 0.0
+    per_layer = float(element * plan.at_once * (layer_elements(blueprint) + more))
+    kept = max(layers, 1.0) * per_layer
     if layers < blueprint.layers:
-        kept += per_layer + (blueprint.layers - layers) * element * plan.at_once * blueprint.width
+        kept += (blueprint.layers - layers) * element * plan.at_once * blueprint.width
     if not optimizer.needs_gradients:
         kept = 2 * per_layer
     return Needs(
-        process=process, weights=weights + (0 if whole else 4.0 * sum(sizes.values())),
-        beside=float(held * sum(sizes.values())), gradients=gradients,
-        state=float(sum(optimizer.state_bytes(shape) for shape in trained.values())), activations=kept,
+        loading=process + weights + (adaptation.mapped(blueprint) if adaptation else 4.0 * blueprint.parameters),
+        process=process,
+        weights=weights + (0 if whole else 4.0 * sum(sizes.values())),
+        beside=float(resident([held * size for size in sizes.values()])), gradients=gradients,
+        state=float(resident([optimizer.state_bytes(shape) for shape in live.values()])), activations=kept,
         head=_head(blueprint, plan, element, whole and "embedding" in trained and optimizer.needs_gradients),
     )
 

@@ -12,13 +12,14 @@ The plan names its techniques in the recipe's own spelling, so it stays plain da
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from fivefold.errors import Misfit
 from fivefold.files import sha256
-from fivefold.model import Blueprint, Model, TrainPlan, Trait
+from fivefold.model import ADAPTER, Blueprint, Model, TrainPlan, Trait
 from fivefold.recipe import Recipe, Technique
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from fivefold.training.delta import Delta
     from fivefold.training.optimizer import Optimizer
+    from fivefold.training.shelf import Shelf
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,11 +38,18 @@ class FineTuning(Technique):
     """Base of the three kinds. A subclass adds fields and overrides the hooks of its kind."""
 
     lowers = {"memory": "direct", "compute": "indirect", "network": "direct"}
-    may_raise = ("quality",)
+    may_raise: ClassVar[tuple[str, ...]] = ("quality",)
 
     def check(self, model: Model) -> None:
         if model.train.data is None:
             raise Misfit(f"{self.name} needs examples to learn from; run: fivefold train MODEL --data FILE")
+        if (model.path / ADAPTER).is_dir():
+            raise Misfit(f"{model.name} has an adapter beside its weights; train the model that it was learned on")
+        both = [*techniques(model.train), self]
+        masked = next((t for t in both if isinstance(t, Adaptation) and t.masks), None)
+        dense = next((t for t in both if isinstance(t, Update) and not t.by_number), None)
+        if masked and dense:
+            raise Misfit(f"{masked.name} masks gradients, and {dense.name} also moves numbers without one; remove one")
 
     def plan(self, model: Model) -> Model:
         return model.but(train=self.edited(replace(model.train, methods=(*model.train.methods, str(self)))))
@@ -86,12 +95,16 @@ class Lesson:
 class Adaptation(FineTuning):
     needs = NEEDS | {Trait.OPEN_PARAMETERS}
     breaks = frozenset({Trait.OPEN_PARAMETERS})
+    passes: ClassVar[float] = 2.0
+    """Work of a step in forward passes: 1 forward, 1 back to the inputs, 1 to the weights if they are trained."""
     whole: ClassVar[bool] = False
     """True: what is trained are numbers of the model itself, held as the plan says; else float32 beside it."""
     fused: ClassVar[bool] = False
     """True: a parameter may be updated as soon as its gradient is complete (no hook needs all gradients)."""
     lean: ClassVar[bool] = True
     """False: the layers must stay as they are (a method that wraps or replaces them)."""
+    masks: ClassVar[bool] = False
+    """True: it changes gradients, and numbers whose gradient it makes zero must stay as they are."""
 
     def shapes(self, blueprint: Blueprint) -> Shapes:
         """Name -> shape of every number trained, by formula. Rows for memory; names need not be the module's."""
@@ -100,6 +113,14 @@ class Adaptation(FineTuning):
     def weight_bytes(self, blueprint: Blueprint, element: int) -> float:
         """Bytes of the weights that are computed with; `element` per number."""
         return float(element * blueprint.parameters)
+
+    def mapped(self, blueprint: Blueprint) -> float:
+        """Bytes of the files that are mapped at once while the weights are made of them."""
+        return 4.0 * blueprint.parameters
+
+    def kept(self, blueprint: Blueprint) -> float:
+        """Numbers one layer keeps per position until its backward pass, besides those of `memory.layer_elements`."""
+        return 0.0
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype to compute in, given the plan's."""
@@ -125,6 +146,21 @@ class Adaptation(FineTuning):
         """Change `lesson.module` as needed; the parameters to train by name. All others get no gradient."""
         raise NotImplementedError
 
+    def ready(self, lesson: Lesson, loss: Callable[[Any], torch.Tensor], batches: Callable[[int], Any]) -> None:
+        """Before the first step, also of a resumed run; `batches(step)` are a 0-based step's, each with its share."""
+
+    def rates(self, lesson: Lesson) -> Mapping[str, float]:
+        """Learning rates by name of what is trained, as multiples of the plan's; 1 where not named."""
+        return {}
+
+    def phases(self, lesson: Lesson) -> Sequence[int]:
+        """After how many steps training begins anew: fresh optimiser, own schedule; scores of the last phase count."""
+        return ()
+
+    def anew(self, lesson: Lesson, value: Callable[[str], torch.Tensor]) -> Iterable[str]:
+        """Called there; the trained numbers it names return to their stored values. `value` as in `result`."""
+        return ()
+
     def penalty(self, lesson: Lesson, step: int) -> torch.Tensor | None:
         """A term added to the loss of every step, differentiable."""
         return None
@@ -143,11 +179,26 @@ class Adaptation(FineTuning):
         """What was learned, after the best state was restored; `value(name)` is a trained number in float32."""
         raise NotImplementedError
 
+    def numbers(self, lesson: Lesson) -> int:
+        """How many numbers the result was trained in."""
+        return sum(p.numel() for p in lesson.trained.values())
+
+    def covered(self, lesson: Lesson) -> str:
+        """Which part of the model that is, where the number alone does not say it."""
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Update(FineTuning):
     needs = NEEDS | {Trait.OPEN_OPTIMIZER}
     breaks = frozenset({Trait.OPEN_OPTIMIZER})
+    perturbation = 8.0
+    """After every adaptation, so that an optimiser unlike AdamW has the last word on the rate."""
+
+    passes: ClassVar[float | None] = None
+    """Forward passes' worth of work of a step, where it is not the adaptation's."""
+    by_number: ClassVar[bool] = False
+    """True: it follows gradients, and a number whose gradient was zero in every step stays bit for bit as it was."""
 
     def optimizer(self, plan: TrainPlan) -> Optimizer:
         raise NotImplementedError
@@ -160,6 +211,18 @@ class Saving(FineTuning):
 
     def install(self, lesson: Lesson) -> None:
         """Change how the module runs; called once, after `Adaptation.prepare`."""
+
+    def kept_layers(self, blueprint: Blueprint) -> float:
+        """How many layers keep all their activations: a row of the memory formula."""
+        return float(blueprint.layers)
+
+    def resident(self, sizes: Sequence[float]) -> float:
+        """Bytes in main memory of the optimiser's state (or of what lies beside weights), `sizes` by parameter."""
+        return float(sum(sizes))
+
+    def shelf(self, lesson: Lesson, folder: Path) -> Shelf | None:
+        """Where the optimiser's state, and what lies beside weights, is kept between updates; None: in memory."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,24 +243,52 @@ class Methods:
         return cls(**found)  # type: ignore[arg-type]
 
 
+def rate_for(plan: TrainPlan, whole: float, beside: float | None = None) -> float:
+    """The rate of an update that was given none: `whole` for numbers of the model itself, `beside` for others.
+
+    `beside` None: the rates are AdamW's, so one that an adaptation chose stays.
+    """
+    adaptation = Methods.of(plan).adaptation
+    if adaptation is None:
+        return whole
+    if beside is None:
+        return plan.learning_rate
+    return whole if adaptation.whole else beside
+
+
 def techniques(plan: TrainPlan) -> Iterator[Technique]:
     for spelled in plan.methods:
         yield from Recipe.parse(spelled)
 
 
+def boundary(name: str, plan: TrainPlan, share: float) -> int:
+    """Steps of the first of two phases, `share` of all. Raises Misfit where there is no step for each."""
+    if plan.steps < 2:
+        raise Misfit(f"{name} trains in two phases and the plan has {plan.steps} step; give at least 2")
+    return min(max(1, round(share * plan.steps)), plan.steps - 1)
+
+
 def model_shapes(blueprint: Blueprint) -> dict[str, tuple[int, ...]]:
-    """Name -> (outputs, inputs) of every matrix of a decoder, and its norms: the rows of the memory formulas."""
+    """Name -> (outputs, inputs) of every matrix of a decoder, its norms and biases: the rows of the memory formulas."""
     b = blueprint
     heads, keys = b.heads * b.head_dim, b.kv_heads * b.head_dim
+    apart = {"q": (heads, b.width), "k": (keys, b.width), "v": (keys, b.width)}
     layer: dict[str, tuple[int, ...]] = {
-        "q": (heads, b.width), "k": (keys, b.width), "v": (keys, b.width), "o": (b.width, heads),
+        **({"qkv": (heads + 2 * keys, b.width)} if b.family == "gpt2" else apart), "o": (b.width, heads),
         **({"gate": (b.ffn, b.width)} if b.gated else {}), "up": (b.ffn, b.width), "down": (b.width, b.ffn),
         "norm1": (b.width,), "norm2": (b.width,),
     }
+    layer |= {f"{name}.bias": layer[name][:1] for name in _biased(b.family, layer)}
     out: dict[str, tuple[int, ...]] = {"embedding": (b.vocab, b.width), "norm": (b.width,)}
+    if b.family == "gpt2":
+        out |= {"positions": (b.context, b.width), "norm.bias": (b.width,)}
     if not b.tied:
         out["head"] = (b.vocab, b.width)
     return out | {f"layer{i}.{name}": shape for i in range(b.layers) for name, shape in layer.items()}
+
+
+def _biased(family: str, names: Iterable[str]) -> Iterable[str]:
+    return {"qwen2": ("q", "k", "v"), "gpt2": tuple(names)}.get(family, ())
 
 
 def linear_shapes(blueprint: Blueprint) -> dict[str, tuple[int, ...]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
-from fivefold.training.precision import LANES, Dice, State
+from fivefold.training.precision import LANES, Dice, State, read, write
 
 
 class Optimizer:
@@ -26,6 +27,10 @@ class Optimizer:
         """Bytes `state` takes for a parameter of this shape, by formula."""
         return 0
 
+    def at_once(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
+        """Those of `shapes` that have a gradient and a state at the same time, at most: for the memory formula."""
+        return shapes
+
     def begin(
         self, step: int, parameters: Mapping[str, torch.nn.Parameter], states: dict[str, State]
     ) -> None:
@@ -40,10 +45,27 @@ class Optimizer:
 
     def without_gradients(
         self, loss: Callable[[], float], parameters: Mapping[str, torch.nn.Parameter], beside: Mapping[str, State],
-        rate: float, step: int,
+        rates: Mapping[str, float], step: int,
     ) -> float:
         """One step of an optimiser whose `needs_gradients` is False; returns the loss. Called without autograd."""
         raise NotImplementedError
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A stream of random numbers of its own for every tuple of non-negative numbers."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def subtract(weight: torch.Tensor, change: torch.Tensor, beside: State, dice: Dice | None) -> None:
+    """weight <- weight - change, `change` of its shape in float32."""
+    for w, c, _, near in pieces(weight, change, (), beside):
+        write(w, read(w, near).sub_(c), near, dice)
+
+
+def slabs(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Rows of a matrix treated at once: about LANES numbers."""
+    rows = max(1, LANES // shape[1])
+    yield from (slice(first, first + rows) for first in range(0, shape[0], rows))
 
 
 def pieces(

@@ -7,7 +7,7 @@ the loss stays high. Four ways to hold a trained weight, by what they keep besid
     held         bytes  the update
     float32      4      exact; every pass casts the weight
     split        2 + 2  exact: the upper 16 bits of a float32 are the bfloat16 (rounded), the rest lie beside it
-    kahan        2 + 2  the rounding error of the last addition is added to the next one
+    kahan        2 + 2  the rounding error of the last addition is added to the next one: 16 bits of precision
     stochastic   2      rounded up with the probability of the lost part: right on average, noisy
     nearest      2      lost; here to be measured, not to be used
 
@@ -61,12 +61,12 @@ class Dice:
 
 
 def read(weight: torch.Tensor, beside: State) -> torch.Tensor:
-    """The value in float32 of a flat piece of a weight; a copy, except of a float32 weight."""
+    """The value in float32 of a piece of a weight; a copy, except of a float32 weight."""
     if weight.dtype == torch.float32:
         return weight
     if "lower" in beside:
         return (weight.view(torch.int16).to(torch.int32) << 16).add_(beside["lower"]).view(torch.float32)
-    return weight.float()
+    return weight.float().add_(beside["lost"]) if "lost" in beside else weight.float()
 
 
 def write(weight: torch.Tensor, value: torch.Tensor, beside: State, dice: Dice | None) -> None:
@@ -80,7 +80,6 @@ def write(weight: torch.Tensor, value: torch.Tensor, beside: State, dice: Dice |
         weight.view(torch.int16).copy_(upper)
         beside["lower"].copy_(bits.sub_(upper << 16))
     elif "lost" in beside:
-        value += beside["lost"]
         weight.copy_(value)
         beside["lost"].copy_(value.sub_(weight))
     elif dice is not None:

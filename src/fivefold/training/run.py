@@ -9,9 +9,11 @@ Training computes in bfloat16 where the machine gains by it; the trained numbers
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,19 @@ import torch
 from fivefold.artifact import hash_folder, key
 from fivefold.errors import DataError
 from fivefold.files import sha256
-from fivefold.model import Model, TrainPlan
+from fivefold.model import ADAPTER, Model, TrainPlan
 from fivefold.tokenizer import Tokenizer
 from fivefold.training import attention, data, lean
 from fivefold.training.batching import Batch, Stream
 from fivefold.training.checkpoint import Keeper
 from fivefold.training.data import Examples
-from fivefold.training.delta import Delta, Sparse
+from fivefold.training.delta import Delta, Sparse, changed
 from fivefold.training.loop import Fitted, Group, Hooks, Micro, Step, fit
 from fivefold.training.method import Adaptation, Lesson, Methods
 from fivefold.training.module import computing_dtype, loss_of, stored_name, write_trained
 from fivefold.training.optimizer import Optimizer
-from fivefold.weights import read_tensors
+from fivefold.training.shelf import Shelf
+from fivefold.weights import StoredTensor, read_tensors
 
 SCORED = 8_192
 """Held-out tokens a check looks at, at most."""
@@ -85,11 +88,13 @@ def run(
     loss = loss_of(lesson.module, adaptation.hidden(lesson))
     lesson.plan = plan = _with_steps(lesson, stream, loss)
     planned(plan)
+    adaptation.ready(lesson, loss, lambda step: _micro(stream.step(step)))
+    shelf = methods.saving.shelf(lesson, folder) if methods.saving else None
     held = Stream(_some(held_part), plan.tokens_per_step, plan.at_once, plan.seed, plan.layout).batches()
     fitted = fit(
-        plan, [Group(parameters=lesson.trained)], loss, lambda step: _micro(stream.step(step)),
+        plan, _groups(lesson, adaptation.rates(lesson)), loss, lambda step: _micro(stream.step(step)),
         lambda: _score(lesson.module, loss, held), optimizer=optimizer, held=plan.held,
-        fused=_fused(adaptation, optimizer), patience=plan.patience, hooks=_hooks(adaptation, lesson, listen),
+        fused=_fused(adaptation, optimizer), patience=plan.patience, hooks=_hooks(adaptation, lesson, listen, shelf),
         keeper=keeper, exact=lambda name: stored_value(lesson, name), checks=CHECKS,
     )
     return _finished(model, folder, adaptation, lesson, fitted)
@@ -136,6 +141,11 @@ def _fused(adaptation: Adaptation, optimizer: Optimizer) -> bool:
 def _stream(part: Examples, plan: TrainPlan, adaptation: Adaptation, optimizer: Optimizer) -> Stream:
     at_once = 1 << 40 if _fused(adaptation, optimizer) else plan.at_once
     return Stream(part.rows, plan.tokens_per_step, at_once, plan.seed, plan.layout)
+
+
+def _groups(lesson: Lesson, rates: Mapping[str, float]) -> list[Group]:
+    return [Group(parameters={n: p for n, p in lesson.trained.items() if rates.get(n, 1.0) == rate}, rate=rate)
+            for rate in sorted({rates.get(name, 1.0) for name in lesson.trained})]
 
 
 def _micro(batches: list[Batch]) -> Micro:
@@ -187,36 +197,48 @@ def _score(module: Any, loss: Callable[[Batch], torch.Tensor], batches: list[Bat
         module.train(training)
 
 
-def _hooks(adaptation: Adaptation, lesson: Lesson, listen: Callable[[Step], None]) -> Hooks:
+def _hooks(
+    adaptation: Adaptation, lesson: Lesson, listen: Callable[[Step], None], shelf: Shelf | None
+) -> Hooks:
     return Hooks(
         penalty=lambda step: adaptation.penalty(lesson, step),
         gradients=lambda step: adaptation.gradients(lesson, step),
         stepped=lambda step: adaptation.stepped(lesson, step),
-        buffers=lambda: adaptation.buffers(lesson), listen=listen,
+        buffers=lambda: adaptation.buffers(lesson), listen=listen, phases=adaptation.phases(lesson),
+        anew=lambda value: adaptation.anew(lesson, value), shelf=shelf or Shelf(),
     )
 
 
-def stored_value(lesson: Lesson, name: str) -> torch.Tensor:
-    """The float32 value on disk of a parameter of the module; its own where it is none of the model's."""
+def stored_tensor(lesson: Lesson, name: str) -> StoredTensor:
+    """On disk, what a parameter of the module was loaded from."""
     if "stored" not in lesson.extra:
         lesson.extra["stored"] = dict(read_tensors(lesson.model.path))
-    stored = lesson.extra["stored"]
-    return torch.from_numpy(stored[stored_name(lesson.module, stored, name)].numpy())
+    stored: dict[str, StoredTensor] = lesson.extra["stored"]
+    return stored[stored_name(lesson.module, stored, name)]
+
+
+def stored_value(lesson: Lesson, name: str) -> torch.Tensor:
+    """The float32 value on disk of a parameter of the module."""
+    return torch.from_numpy(stored_tensor(lesson, name).numpy())
 
 
 def _finished(
     model: Model, folder: Path, adaptation: Adaptation, lesson: Lesson, fitted: Fitted
 ) -> Trained:
     delta = adaptation.result(lesson, fitted.value)
-    written = write_trained(lesson.module, model, delta.weights, folder / "trained")
     sparse = _sparse(lesson, delta, hash_folder(model.path)) if delta.sparse else None
-    size = delta.write(folder / "delta", sparse)
-    numbers = sum(p.numel() for p in lesson.trained.values())
+    weights = {name: partial(_with, sparse, stored_tensor(lesson, name)) if sparse and name in delta.sparse else make
+               for name, make in delta.weights.items()}
+    written = write_trained(lesson.module, model, weights, folder / "trained")
+    size = delta.write(folder / "delta", sparse) + sum(stored_tensor(lesson, name).nbytes for name in delta.dense)
+    if delta.beside:
+        shutil.copytree(folder / "delta", written / ADAPTER)
+    numbers, part = adaptation.numbers(lesson), adaptation.covered(lesson)
     done = model.but(
         path=written, origin=model.parent, train=replace(model.train, methods=(), data=None),
     ).covered(
-        f"{adaptation.name}: {numbers:,} numbers trained in {fitted.steps} steps, held-out loss"
-        f" {fitted.before:.4f} -> {fitted.after:.4f}, difference of {size:,} bytes"
+        f"{adaptation.name}: {numbers:,} numbers trained{f' ({part})' if part else ''} in {fitted.steps} steps,"
+        f" held-out loss {fitted.before:.4f} -> {fitted.after:.4f}, difference of {size:,} bytes"
     )
     return Trained(model=done, fitted=fitted, delta=folder / "delta", delta_bytes=size, numbers=numbers,
                    taken=lesson.extra["taken"], beside=delta.beside)
@@ -225,12 +247,13 @@ def _finished(
 def _sparse(lesson: Lesson, delta: Delta, parent: str) -> Sparse:
     entries = {}
     for name in sorted(delta.sparse):
-        change = delta.weights[name]().reshape(-1) - stored_value(lesson, name).reshape(-1)
-        index = change.nonzero().squeeze(-1)
-        if len(index):
-            stored = stored_name(lesson.module, lesson.extra["stored"], name)
-            entries[stored] = (index.to(torch.int32).numpy(), change[index].numpy())
+        stored = stored_tensor(lesson, name)
+        entries[stored.name] = changed(stored.numpy(), delta.weights[name]().numpy())
     return Sparse(parent=parent, entries=entries)
+
+
+def _with(sparse: Sparse, stored: StoredTensor) -> torch.Tensor:
+    return torch.from_numpy(sparse.added(stored.name, stored.numpy()))
 
 
 def run_key(model: Model) -> str:

@@ -2,7 +2,8 @@
 
 An engine's module says what it reads in constants: `FORMATS`, and where it has limits `GGUF_TYPES` (storage types of
 matrices), `CACHE_TYPES` (key-value cache) and `LOOKUP` (False: does not draft from the prompt). A constant that is
-absent means no limit is known, and the engine itself refuses at load.
+absent means no limit is known, and the engine itself refuses at load. `ADAPTERS` True: it computes with an adapter
+beside the weights; without it none does.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from fivefold import engines
 from fivefold.errors import Misfit, MissingExtra
-from fivefold.model import Model
+from fivefold.model import Model, Trait
 
 PACKAGES = {"openvino": "openvino_genai"}
 """Optional dependency of `pyproject.toml` -> the package it installs."""
@@ -62,6 +63,11 @@ def check_engine(model: Model, owner: str) -> None:
         package = PACKAGES.get(module.EXTRA, module.EXTRA)
         if importlib.util.find_spec(package) is None:
             raise MissingExtra(package, extra=module.EXTRA)
+    if Trait.PLAIN_GRAPH not in model.traits and not getattr(module, "ADAPTERS", False):
+        raise Misfit(
+            f'{owner} reads no adapter beside the weights; choose engine(type="torch"), or an adapter that is merged,'
+            " such as lora"
+        )
     planned = planned_format(model)
     if planned not in module.FORMATS:
         repair = 'add gguf(type="f16") or a smaller type' if "gguf" in module.FORMATS else "remove the GGUF technique"

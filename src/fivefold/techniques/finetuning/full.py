@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Adaptation):
+    passes = 3.0
     whole = True
     fused = True
     perturbation = 4.0

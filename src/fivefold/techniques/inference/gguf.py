@@ -37,7 +37,7 @@ Embedding = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Gguf(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.UNFITTED})
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH})
     lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
     may_raise = ("compute",)

@@ -27,7 +27,7 @@ from fivefold.techniques._shared.packing import Layers, Shapes, linear_shapes, p
 
 @dataclass(frozen=True, kw_only=True)
 class Int4(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED})
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TRAINABLE})
     lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
     may_raise = ("compute",)

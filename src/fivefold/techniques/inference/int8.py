@@ -22,7 +22,7 @@ from fivefold.techniques._shared.packing import linear_shapes, packed
 
 @dataclass(frozen=True, kw_only=True)
 class Int8(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED})
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TRAINABLE})
     lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
     may_raise = ("compute",)

@@ -47,7 +47,7 @@ ROUNDING = {"nearest": 8_000.0, "feedback": 35_000.0}
 
 @dataclass(frozen=True, kw_only=True)
 class MixedPrecision(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.UNFITTED})
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH})
     lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
     may_raise = ("compute",)

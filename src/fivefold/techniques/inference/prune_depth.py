@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneDepth(Technique):
-    needs = frozenset(
-        {Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.DENSE_WEIGHTS, Trait.FULL_DEPTH, Trait.UNFITTED}
-    )
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.DENSE_WEIGHTS, Trait.FULL_DEPTH, Trait.UNFITTED,
+                       Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FULL_DEPTH})
     lowers = {"compute": "direct", "memory": "direct", "energy": "direct", "money": "direct", "network": "direct"}
     perturbation = 3.0

@@ -39,7 +39,7 @@ UNDAMAGED = frozenset({Trait.FLOAT_WEIGHTS, Trait.DENSE_WEIGHTS, Trait.FULL_DEPT
 
 @dataclass(frozen=True, kw_only=True)
 class Repair(Technique):
-    needs = frozenset({Trait.UNFITTED, Trait.TRAINABLE})
+    needs = frozenset({Trait.UNFITTED, Trait.TRAINABLE, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.UNFITTED})
     lowers = {"memory": "indirect", "compute": "indirect"}
     may_raise = ()

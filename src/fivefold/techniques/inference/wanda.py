@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Wanda(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.DENSE_WEIGHTS, Trait.UNFITTED})
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.DENSE_WEIGHTS, Trait.UNFITTED,
+                       Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.DENSE_WEIGHTS})
     lowers = {"compute": "indirect", "network": "indirect"}
     perturbation = 3.0

@@ -1,0 +1,72 @@
+"""Small random modules of several families, and random examples for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from fivefold.training.batching import Batch
+from fivefold.training.data import Example
+
+VOCAB = 97
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+def module(family: str, *, seed: int = 0, kind: str = "ForCausalLM", **changes: Any) -> Any:
+    """A float32 model of transformers, every number of it random; in training mode, all of it trainable."""
+    import transformers
+
+    if family == "GPT2":
+        config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=2048,
+                                         bos_token_id=None, eos_token_id=0, **changes)
+        made = transformers.GPT2LMHeadModel
+    else:
+        config = getattr(transformers, f"{family}Config")(**{**COMMON, **changes})
+        made = getattr(transformers, f"{family.removesuffix('Text')}{kind}")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        out = made._from_config(config)
+        for parameter in out.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return out.train()
+
+
+def examples(count: int, shortest: int, longest: int, *, seed: int = 0, vocab: int = VOCAB) -> list[Example]:
+    """Random tokens, the last third of each learned."""
+    draw = np.random.default_rng(seed)
+    out = []
+    for i in range(count):
+        length = int(draw.integers(shortest, longest + 1))
+        learn = np.arange(length) >= min(length - 1, 2 * length // 3)
+        out.append(Example(draw.integers(1, vocab, length), learn, i + 1, draw.bytes(32)))
+    return out
+
+
+def alone(model: Any, row: Example) -> tuple[torch.Tensor, int]:
+    """(sum of the losses of an example's learned tokens, their number), by the model's own logits."""
+    tokens = torch.from_numpy(row.tokens)[None]
+    logs = torch.log_softmax(model(tokens, use_cache=False).logits[0].double(), -1)
+    learned = torch.from_numpy(row.learn[1:]).nonzero().squeeze(-1)
+    return -logs[learned, tokens[0, learned + 1]].sum(), len(learned)
+
+
+def whole_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """The mean loss of a batch by the model's own logits; only for batches without segments."""
+    assert batch.segments is None
+    logits = model(torch.from_numpy(batch.tokens), use_cache=False).logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(), ignore_index=-100)
+
+
+def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient by name of every parameter that has one; cleared from the model."""
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
