@@ -159,7 +159,7 @@ def _prepared(request: Request) -> tuple[Model, Any]:
 
     model = request.model
     if model.format != "safetensors" or Trait.TRAINABLE not in model.traits:
-        raise UserError(f"{model.name} cannot be trained, its weights are quantized; give the float folder it came from")
+        raise UserError(f"{model.name} cannot be trained, it is quantized; give the float folder it came from")
     plan = replace(
         model.train, data=request.data.expanduser().resolve(), template=request.template, epochs=request.epochs,
         steps=request.steps, tokens_per_step=request.tokens_per_step, patience=request.patience, seed=request.seed,

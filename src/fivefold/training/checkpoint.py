@@ -10,14 +10,16 @@ Without a folder the best state is kept in memory and nothing survives the proce
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from fivefold.errors import StoreError
+from fivefold.errors import ModelError, StoreError
 from fivefold.files import sweep
 from fivefold.weights import check_safetensors, write_safetensors
 
@@ -32,7 +34,7 @@ class Keeper:
     key: str = ""
     every: float = SECONDS
     _saved: float = 0.0
-    _best: dict[str, torch.Tensor] = field(default_factory=dict)
+    _best: tuple[dict[str, torch.Tensor], tuple[int, float]] = ({}, (0, 0.0))
 
     @property
     def lasting(self) -> bool:
@@ -47,39 +49,70 @@ class Keeper:
         self._saved = seconds
         write_safetensors(self.folder / STATE, _flat(tensors), {"key": self.key, "run": json.dumps(dict(meta))})
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """(tensors, numbers) of the last checkpoint, or None. Raises StoreError when it is another run's."""
-        if self.folder is None or not (self.folder / STATE).is_file():
+    def meta(self) -> dict[str, Any] | None:
+        """The numbers of the last checkpoint, or None. Raises StoreError when it is another run's, or damaged."""
+        if self.folder is None:
+            return None
+        sweep(self.folder)
+        if not (self.folder / STATE).is_file():
             return None
         from safetensors import safe_open
 
-        sweep(self.folder)
-        path = self.folder / STATE
-        check_safetensors(path)
-        with safe_open(path, "pt") as file:
+        with _whole(self.folder / STATE), safe_open(self.folder / STATE, "pt") as file:
             told = file.metadata() or {}
-            if told.get("key") != self.key:
-                raise StoreError(
-                    f"{self.folder} holds a run of other data, model or settings; give another --out, or repeat the"
-                    " command that began it"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        meta = json.loads(told["run"])
+        if told.get("key") != self.key:
+            raise StoreError(
+                f"{self.folder} holds a run of other data, model or settings; give another --out, or repeat the"
+                " command that began it"
+            )
+        out: dict[str, Any] = json.loads(told["run"])
+        return out
+
+    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """(tensors, numbers) of the last checkpoint, or None. Raises StoreError as `meta` does."""
+        meta = self.meta()
+        if meta is None:
+            return None
+        assert self.folder is not None
         self._saved = float(meta["seconds"])
-        return tensors, meta
+        with _whole(self.folder / BEST):
+            return _tensors(self.folder / STATE), meta
 
-    def keep_best(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def keep_best(self, tensors: Mapping[str, torch.Tensor], step: int, score: float) -> None:
         if self.folder is None:
-            self._best = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self._best = {name: tensor.detach().clone() for name, tensor in tensors.items()}, (step, score)
         else:
-            write_safetensors(self.folder / BEST, _flat(tensors), {"key": self.key})
+            told = {"key": self.key, "step": str(step), "score": repr(score)}
+            write_safetensors(self.folder / BEST, _flat(tensors), told)
 
-    def best(self) -> Mapping[str, torch.Tensor]:
+    def best(self) -> tuple[Mapping[str, torch.Tensor], tuple[int, float]]:
+        """The best state, its step and score: of a killed process's, when it got further than its last checkpoint."""
         if self.folder is None:
             return self._best
-        from safetensors.torch import load_file
+        from safetensors import safe_open
 
-        return dict(load_file(self.folder / BEST))
+        path = self.folder / BEST
+        tensors = _tensors(path)
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+        return tensors, (int(told["step"]), float(told["score"]))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        check_safetensors(path)
+        yield
+    except (ModelError, OSError, SafetensorError) as error:
+        why = str(error).partition(";")[0]
+        raise StoreError(f"{path} is missing or damaged ({why}); remove {path.with_name(STATE)} to train again") from None
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    with _whole(path):
+        return dict(load_file(path))
 
 
 def _flat(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

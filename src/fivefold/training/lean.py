@@ -194,12 +194,15 @@ def _lean(part: nn.Module) -> tuple[str, Any]:
         return ("gated", partial(_gated_forward, part)) if _is_gated(part) else ("", None)
     if type(part) is nn.Linear:
         return "linear", partial(_linear_forward, part)
-    if type(part).__module__ == "peft.tuners.lora.layer" and name == "Linear" and _plain_adapter(part):
+    if plain_adapter(part):
         return "adapter", partial(_adapter_forward, part)
     return "", None
 
 
-def _plain_adapter(part: Any) -> bool:
+def plain_adapter(part: Any) -> bool:
+    """Whether it is a linear layer with one low-rank adapter of peft's and nothing else."""
+    if type(part).__module__ != "peft.tuners.lora.layer" or type(part).__name__ != "Linear":
+        return False
     name = part.active_adapters[0]
     return (
         type(part.base_layer) is nn.Linear and "forward" not in vars(part.base_layer) and not part.lora_variant

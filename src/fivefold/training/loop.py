@@ -7,7 +7,8 @@ A step is a list of batches with their shares; the gradient is that of the share
     whole    all batches backward, gradients clipped together to norm 1, then every parameter is updated
     fused    one batch; a parameter is updated as soon as its gradient is complete, in the middle of the backward
              pass, and the gradient is dropped: the memory of all gradients becomes that of the largest. The norm of
-             all of them is known only afterwards, so the clipping uses the norm of the step before.
+             all of them is known only afterwards, so the clipping uses the norm of the step before (or a tensor's
+             own, where that is larger); the first step is passed through once more beforehand, to know it.
 
 The held-out score is taken before the first step, at a few points and after the last; the parameters end as they were
 at its lowest, so fitting cannot leave the model worse on that text than it was. With `patience`, that many checks in a
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fivefold.errors import NotFinite
+from fivefold.errors import NotFinite, StoreError
 from fivefold.model import TrainPlan
 from fivefold.training.adamw import AdamW
 from fivefold.training.checkpoint import Keeper
@@ -136,34 +137,38 @@ def fit(
     `exact` gives the float32 value a parameter in bfloat16 begins at. `plan.seconds` > 0 ends the run after that time.
     """
     run = _Run(plan, groups, loss, optimizer or AdamW(), held, fused, hooks, keeper or Keeper(), exact)
-    first = run.resume()
-    if first == 0:
+    try:
+        return _through(run, stream, score, checks, patience)
+    finally:
+        run.release()
+
+
+def _through(
+    run: _Run, stream: Callable[[int], Micro], score: Callable[[], float], checks: int, patience: int
+) -> Fitted:
+    plan, number = run.plan, run.resume()
+    if number == 0:
         run.begin()
         run.judge(0, score())
     due = {math.ceil(plan.steps * (k + 1) / checks) for k in range(checks)}
     stopped = ""
-    for number in range(first, plan.steps):
-        value = run.step(number, stream(number))
-        found = None
-        counts = run.phase(number)[1] == plan.steps
-        if counts and number + 1 in due:
+    while number < plan.steps and not (stopped := run.enough(number, patience)):
+        value, found = run.step(number, stream(number)), None
+        rate = plan.learning_rate * run.share()
+        number += 1
+        if number in due and run.last_phase(number):
             found = score()
-            run.judge(number + 1, found)
-        hooks.listen(Step(step=number + 1, steps=plan.steps, loss=value, norm=run.norm, seconds=run.seconds,
-                          rate=plan.learning_rate * run.share(), score=found))
-        run.save(number + 1, last=number + 1 == plan.steps)
-        if patience and run.checks_without_gain >= patience and number + 1 < plan.steps:
-            stopped = f"no better held-out score in {patience} checks"
-            break
-        if counts and 0 < plan.seconds < run.seconds and number + 1 < plan.steps:
-            stopped = f"the time of {plan.seconds:.0f} s is used up"
-            run.judge(number + 1, score()) if found is None else None
-            break
+            run.judge(number, found)
+        run.hooks.listen(Step(step=number, steps=plan.steps, loss=value, norm=run.norm, seconds=run.seconds, rate=rate,
+                              score=found))
+        run.save(number, last=number == plan.steps)
+    if run.history[-1][0] < number:
+        run.judge(number, score())
     return run.finish(stopped)
 
 
-def _diverged(loss: float, step: int) -> str:
-    return f"the training loss became {loss} at step {step}; lower the learning rate and run again"
+def _diverged(what: str, reached: float, step: int) -> NotFinite:
+    return NotFinite(f"the {what} became {reached} at step {step}; lower the learning rate and run again")
 
 
 @dataclass(eq=False)
@@ -183,6 +188,7 @@ class _Run:
     losses: list[float] = field(default_factory=list)
     states: dict[str, State] = field(default_factory=dict)
     _squares: float = 0.0
+    _probing: bool = False
 
     def __post_init__(self) -> None:
         named = [(name, p, group.rate) for group in self.groups for name, p in group.parameters.items()]
@@ -191,9 +197,13 @@ class _Run:
         self.beside = {name: self._placed(carry(p.data, self._held(p))) for name, p in self.parameters.items()}
         self.dice = Dice(self.plan.seed) if self.held == "stochastic" else None
         self.started, self.spent, self.number = time.monotonic(), 0.0, 0
-        if self.fused:
-            for name, p in self.parameters.items():
-                p.register_post_accumulate_grad_hook(lambda _, name=name: self._at_once(name))
+        self.watches = [p.register_post_accumulate_grad_hook(lambda _, name=name: self._at_once(name))
+                        for name, p in self.parameters.items() if self.fused]
+
+    def release(self) -> None:
+        """A later backward pass through the parameters updates nothing."""
+        for watch in self.watches:
+            watch.remove()
 
     def _placed(self, state: State) -> State:
         return {key: self.hooks.shelf.place(tensor) for key, tensor in state.items()}
@@ -211,14 +221,24 @@ class _Run:
         """The value the parameter began the run with."""
         assert self.exact is not None, f"it is not known what {name} began with"
         with self._flat(name) as near:
-            for tensor in near.values():
-                tensor.zero_()
             write(self.parameters[name].data.view(-1), self.exact(name).reshape(-1).clone(), near, None)
 
     def phase(self, number: int) -> tuple[int, int]:
         """The 0-based steps from and before which the phase of step `number` runs."""
         begun = max((at for at in self.hooks.phases if at <= number), default=0)
         return begun, min((at for at in self.hooks.phases if at > number), default=self.plan.steps)
+
+    def last_phase(self, done: int) -> bool:
+        """Whether the last of `done` steps is one of the last phase."""
+        return done > 0 and self.phase(done - 1)[1] == self.plan.steps
+
+    def enough(self, done: int, patience: int) -> str:
+        """Why the run ends after `done` steps, before the last; "" when it goes on."""
+        if not self.last_phase(done):
+            return ""
+        if patience and self.checks_without_gain >= patience:
+            return f"no better held-out score in {patience} checks"
+        return f"the time of {self.plan.seconds:.0f} s is used up" if 0 < self.plan.seconds < self.seconds else ""
 
     def share(self) -> float:
         """Of the base learning rate, at this step of its phase."""
@@ -252,30 +272,49 @@ class _Run:
                 self._put_back(name)
         self.optimizer.begin(self.count, self.parameters, self.states)
         if self.optimizer.needs_gradients:
+            if self.fused and not self.norm:
+                self._probe(micro)
             value = self._backward(micro)
             if not self.fused:
                 self.hooks.gradients(number + 1)
                 self._update_all()
             elif self._squares:
-                self.norm = math.sqrt(self._squares)
+                self._measured(math.sqrt(self._squares))
         else:
             value = self._without_gradients(micro)
         self.hooks.stepped(number + 1)
         self.losses.append(value)
         return value
 
+    def _measured(self, norm: float) -> None:
+        """The norm of a step's gradients; nothing is saved after one that is not finite."""
+        if not math.isfinite(norm):
+            raise _diverged("gradient", norm, self.number + 1)
+        self.norm = norm
+
     def _backward(self, micro: Micro) -> float:
+        assert not self.fused or len(micro) == 1, "an update in the backward pass needs the step in one batch"
         total, self._squares = 0.0, 0.0
         for i, (batch, share) in enumerate(micro):
             value = self.loss(batch)
             reached = float(value.detach())
             if not math.isfinite(reached):
-                raise NotFinite(_diverged(reached, self.number + 1))
+                raise _diverged("training loss", reached, self.number + 1)
             penalty = self.hooks.penalty(self.number + 1) if i == 0 else None
             weighted = value * share if share != 1 else value
             (weighted if penalty is None else weighted + penalty).backward()
             total += reached * share
         return total
+
+    def _probe(self, micro: Micro) -> None:
+        """The norm of the step's gradients; nothing is updated."""
+        self._probing = True
+        try:
+            with torch.random.fork_rng():
+                self._backward(micro)
+        finally:
+            self._probing = False
+        self._measured(math.sqrt(self._squares))
 
     def _rate(self, name: str) -> float:
         return self.plan.learning_rate * self.rates[name] * self.share()
@@ -285,15 +324,18 @@ class _Run:
         parameter = self.parameters[name]
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        self._squares += float(torch.linalg.vector_norm(gradient, dtype=torch.float32)) ** 2
-        if self.norm > LARGEST_NORM:
-            gradient.mul_(LARGEST_NORM / self.norm)
+        own = float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        self._squares += own**2
+        if self._probing:
+            return
+        if max(self.norm, own) > LARGEST_NORM:
+            gradient.mul_(LARGEST_NORM / max(self.norm, own))
         self._update(name, gradient)
 
     def _update_all(self) -> None:
         present = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in present.values()]
-        self.norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        self._measured(float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0)
         for name, gradient in present.items():
             if self.norm > LARGEST_NORM:
                 gradient.mul_(LARGEST_NORM / self.norm)
@@ -314,7 +356,7 @@ class _Run:
         def loss() -> float:
             value = sum(float(self.loss(batch)) * share for batch, share in micro)
             if not math.isfinite(value):
-                raise NotFinite(_diverged(value, self.number + 1))
+                raise _diverged("training loss", value, self.number + 1)
             return value
 
         rates = {name: self._rate(name) for name in self.parameters}
@@ -326,7 +368,7 @@ class _Run:
         if not self.history:
             self.before = score
         if score < min((s for _, s in self.history), default=math.inf):
-            self.keeper.keep_best(self._stored(self._trained()))
+            self.keeper.keep_best(self._stored(self._trained()), step, score)
         self.history.append((step, score))
 
     @property
@@ -352,18 +394,23 @@ class _Run:
         if self.dice is not None:
             yield "dice", self.dice.state
         yield "random", torch.get_rng_state()
+        yield "losses", torch.tensor(self.losses, dtype=torch.float64)
 
     def save(self, step: int, *, last: bool) -> None:
         if self.keeper.due(self.seconds) or (last and self.keeper.lasting):
-            meta = {"step": step, "history": self.history, "losses": self.losses, "norm": self.norm,
+            meta = {"step": step, "steps": self.plan.steps, "history": self.history, "norm": self.norm,
                     "seconds": self.seconds, "states": {n: list(s) for n, s in self.states.items()}}
             self.keeper.save(self._stored(dict(self._all())), meta, self.seconds)
 
+    @torch.no_grad()
     def resume(self) -> int:
         found = self.keeper.load()
         if found is None:
             return 0
         tensors, meta = found
+        if meta["steps"] != self.plan.steps:
+            raise StoreError(f"the run in {self.keeper.folder} was begun with {meta['steps']} steps, not"
+                             f" {self.plan.steps}; give another --out, or repeat the command that began it")
         for name, tensor in self._trained().items():
             tensor.copy_(tensors[name])
         for name, keys in meta["states"].items():
@@ -372,14 +419,15 @@ class _Run:
             self.dice.state.copy_(tensors["dice"])
         torch.set_rng_state(tensors["random"].clone())
         self.history = [(int(step), float(score)) for step, score in meta["history"]]
-        self.losses, self.norm = list(meta["losses"]), float(meta["norm"])
+        self.losses, self.norm = tensors["losses"].tolist(), float(meta["norm"])
         self.before, self.spent = self.history[0][1], float(meta["seconds"])
         return int(meta["step"])
 
+    @torch.no_grad()
     def finish(self, stopped: str) -> Fitted:
         best = min(self.history, key=lambda pair: pair[1])
         if best != self.history[-1]:
-            kept = self.keeper.best()
+            kept, best = self.keeper.best()
             for name, tensor in self._trained().items():
                 tensor.copy_(kept[name])
         return Fitted(

@@ -9,7 +9,7 @@
     state         the optimiser's own formula
     activations   positions at once x layers x what a layer keeps (see `lean`): per position, in elements,
                       lean     2 d + 2 h + 2 k + 2 f    d width, h and k all heads and key-value heads, f
-                                                        feed-forward
+                                                        feed-forward; h + k more where heads are normed
                       plain    about 12 d + 3 h + 3 k + 5 f  (layers of a family that `lean` does not know)
                   checkpointed layers, the first ones, keep d; by the time one is made again those after it are gone
     loading       weights and, mapped while they are converted, the files they come from
@@ -33,7 +33,8 @@ from fivefold.training.optimizer import Optimizer
 from fivefold.training.precision import carry_bytes
 
 SLACK = 0.12
-LEAN_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+NORMED_HEADS = ("qwen3",)
+LEAN_FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "granite", *NORMED_HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,8 @@ def layer_elements(blueprint: Blueprint) -> float:
     b = blueprint
     heads, keys = b.heads * b.head_dim, b.kv_heads * b.head_dim
     if b.family in LEAN_FAMILIES:
-        return 2.0 * b.width + 2 * heads + 2 * keys + 2 * b.ffn
+        normed = heads + keys if b.family in NORMED_HEADS else 0
+        return 2.0 * b.width + 2 * heads + 2 * keys + normed + 2 * b.ffn
     return 12.0 * b.width + 3 * heads + 3 * keys + 5 * b.ffn
 
 

@@ -78,9 +78,39 @@ def stored_name(module: Any, stored: Mapping[str, Any], name: str) -> str:
 
 def plain_head(module: Any) -> bool:
     """Whether the logits are the hidden states times the head's weight, and nothing else."""
-    names = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+    names = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier",
+             "output_multiplier")
     values = [getattr(module.config, name, None) for name in names]
     return getattr(module.get_output_embeddings(), "bias", None) is None and all(v in (None, 1) for v in values)
+
+
+@torch.no_grad()
+def packs(module: Any, longest: int) -> bool:
+    """Whether examples of at most `longest` tokens can share a row, each seen as if it were alone.
+
+    Not where a state or a convolution runs along the row, nor where attention has a window shorter than an example (the
+    mask of a row replaces the model's own). The former is tried out.
+    """
+    windows = (getattr(module.config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if any(window and window < longest for window in windows):
+        return False
+    length = 6
+    tokens = (torch.arange(3 * length, device=module.device) * 7 % min(64, module.config.vocab_size)).view(3, length)
+    same = torch.ones(length, length, dtype=torch.bool, device=module.device).tril()
+    seen = torch.block_diag(same, same).bool()
+    hide = torch.zeros(seen.shape, dtype=module.dtype, device=module.device).masked_fill_(~seen, -math.inf)[None, None]
+    places = torch.arange(length, device=module.device).repeat(2)[None]
+
+    def states(ids: torch.Tensor, **more: Any) -> torch.Tensor:
+        out: torch.Tensor = module.base_model(input_ids=ids.view(1, -1), use_cache=False, **more).last_hidden_state
+        return out[0, -length:].float()
+
+    try:
+        one, other = (states(tokens[[i, 2]], attention_mask=hide, position_ids=places) for i in (0, 1))
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    alone = states(tokens[2])
+    return torch.equal(one, other) and bool((one - alone).abs().max() < 0.05 * alone.abs().max())
 
 
 def loss_of(module: Any, hidden: Callable[..., torch.Tensor] | None = None) -> Callable[[Batch], torch.Tensor]:

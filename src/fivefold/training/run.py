@@ -24,14 +24,14 @@ from fivefold.errors import DataError
 from fivefold.files import sha256
 from fivefold.model import ADAPTER, Model, TrainPlan
 from fivefold.tokenizer import Tokenizer
-from fivefold.training import attention, data, lean
+from fivefold.training import attention, data, layer, lean
 from fivefold.training.batching import Batch, Stream
 from fivefold.training.checkpoint import Keeper
 from fivefold.training.data import Examples
 from fivefold.training.delta import Delta, Sparse, changed
 from fivefold.training.loop import Fitted, Group, Hooks, Micro, Step, fit
 from fivefold.training.method import Adaptation, Lesson, Methods
-from fivefold.training.module import computing_dtype, loss_of, stored_name, write_trained
+from fivefold.training.module import computing_dtype, loss_of, packs, stored_name, write_trained
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.shelf import Shelf
 from fivefold.weights import StoredTensor, read_tensors
@@ -82,11 +82,11 @@ def run(
     train_part, held_part = parts or examples_of(model)
     methods = Methods.of(model.train)
     adaptation = methods.adaptation or _all_weights()
-    lesson = prepared(model, adaptation, methods)
+    lesson = prepared(model, adaptation, methods, max(part.longest for part in (train_part, held_part)))
     optimizer = methods.update.optimizer(model.train) if methods.update else _adamw(adaptation)
     stream = _stream(train_part, lesson.plan, adaptation, optimizer)
     loss = loss_of(lesson.module, adaptation.hidden(lesson))
-    lesson.plan = plan = _with_steps(lesson, stream, loss)
+    lesson.plan = plan = _with_steps(lesson, stream, loss, optimizer)
     planned(plan)
     adaptation.ready(lesson, loss, lambda step: _micro(stream.step(step)))
     shelf = methods.saving.shelf(lesson, folder) if methods.saving else None
@@ -115,12 +115,17 @@ def _adamw(adaptation: Adaptation) -> Optimizer:
     return adaptation.default_optimizer()
 
 
-def prepared(model: Model, adaptation: Adaptation, methods: Methods) -> Lesson:
-    """The module with what is to be trained chosen, made lean, and in training mode."""
+def prepared(model: Model, adaptation: Adaptation, methods: Methods, longest: int | None = None) -> Lesson:
+    """The module with what is to be trained chosen, made lean, and in training mode.
+
+    Its plan says "bucket" where examples of `longest` tokens (default: the context) cannot share a row.
+    """
     plan = model.train
     dtype = adaptation.dtype(computing_dtype(plan.dtype))
     torch.manual_seed(plan.seed)
     module = adaptation.load(model, dtype)
+    if plan.layout == "pack" and not packs(module, longest or model.blueprint.context):
+        plan = replace(plan, layout="bucket")
     lesson = Lesson(model, module, plan)
     if adaptation.lean:
         attention.use(module)
@@ -129,9 +134,19 @@ def prepared(model: Model, adaptation: Adaptation, methods: Methods) -> Lesson:
         parameter.requires_grad_(True)
     if methods.saving:
         methods.saving.install(lesson)
-    lesson.extra["taken"] = lean.install(module) if adaptation.lean else {}
+    lesson.extra["taken"] = {"layer": layer.install(module), **lean.install(module)} if adaptation.lean else {}
     module.train()
+    give_back()
     return lesson
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc keeps what lies between tensors that stay)."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _fused(adaptation: Adaptation, optimizer: Optimizer) -> bool:
@@ -153,25 +168,40 @@ def _micro(batches: list[Batch]) -> Micro:
     return [(batch, batch.learned / total) for batch in batches]
 
 
-def _with_steps(lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor]) -> TrainPlan:
+def _with_steps(
+    lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer
+) -> TrainPlan:
     """The plan with its number of steps: given, or its rounds over the data, or what its time allows of them."""
     plan = lesson.plan
     steps = plan.steps or max(1, math.ceil(plan.epochs * len(stream.epoch(0))))
     if plan.seconds and not plan.steps:
-        steps = max(1, min(steps, int(plan.seconds / _seconds_per_step(lesson, stream, loss))))
+        steps = max(1, min(steps, int(plan.seconds / _seconds_per_step(lesson, stream, loss, optimizer))))
     return replace(plan, steps=min(steps, MOST_STEPS))
 
 
-def _seconds_per_step(lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor]) -> float:
-    """Of a typical step, from a few that change nothing; a fifth is added for updates, checks and checkpoints."""
+def _seconds_per_step(
+    lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer
+) -> float:
+    """Of a typical step, from a few that change nothing; a fifth is added for updates, checks and checkpoints.
+
+    No gradient outlives its own completion: the run itself may not have room for all of them.
+    """
     spent = []
+    drops = [p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None)) for p in lesson.trained.values()]
     for number in range(PILOT):
+        optimizer.begin(number + 1, lesson.trained, {})
         start = time.perf_counter()
         for batch in stream.step(number):
-            loss(batch).backward()
+            if optimizer.needs_gradients:
+                loss(batch).backward()
+                continue
+            for _ in range(2):
+                with torch.no_grad():
+                    loss(batch)
         spent.append(time.perf_counter() - start)
-        for parameter in lesson.trained.values():
-            parameter.grad = None
+    for drop, parameter in zip(drops, lesson.trained.values(), strict=True):
+        drop.remove()
+        parameter.requires_grad_(True)
     return 1.2 * sorted(spent)[len(spent) // 2]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from fivefold.engines._peft import peft
@@ -20,6 +21,7 @@ from fivefold.testing.tiny import tiny_examples
 from fivefold.training.batching import Batch, Stream
 from fivefold.training.checkpoint import Keeper
 from fivefold.training.delta import Delta
+from fivefold.training.memory import layer_elements
 from fivefold.training.method import Adaptation, Lesson, Methods
 from fivefold.training.module import loss_of, write_trained
 from fivefold.training.run import Trained, examples_of, prepared, run
@@ -62,21 +64,21 @@ class Desk:
         return self
 
     @torch.no_grad()
-    def logits(self) -> torch.Tensor:
+    def logits(self, ids: torch.Tensor = IDS) -> torch.Tensor:
         module: Any = self.lesson.module
         training = module.training
         hidden = self.adaptation.hidden(self.lesson)
         module.eval()
-        out = module(IDS).logits if hidden is None else hidden(IDS) @ module.get_output_embeddings().weight.T
+        out = module(ids).logits if hidden is None else hidden(ids) @ module.get_output_embeddings().weight.T
         module.train(training)
         return out.float()
 
-    def batch(self) -> Batch:
+    def batch(self, tokens: int = 256) -> Batch:
         rows = examples_of(self.model)[0].rows
-        return Stream(rows, 256, 256).step(0)[0]
+        return Stream(rows, tokens, tokens).step(0)[0]
 
-    def loss(self) -> torch.Tensor:
-        return loss_of(self.lesson.module, self.adaptation.hidden(self.lesson))(self.batch())
+    def loss(self, tokens: int = 256) -> torch.Tensor:
+        return loss_of(self.lesson.module, self.adaptation.hidden(self.lesson))(self.batch(tokens))
 
     def gradients(self) -> dict[str, torch.Tensor]:
         self.loss().backward()
@@ -98,7 +100,9 @@ class Desk:
     @contextmanager
     def by_peft(self) -> Iterator[None]:
         """Within, the layers compute as peft wrote them."""
-        ours = {layer: layer.__dict__.pop("forward") for layer in adapted(self.lesson).values()}
+        layers = [part for layer in adapted(self.lesson).values() for part in layer.modules()]
+        ours = {part: part.__dict__.pop("forward") for part in layers if "forward" in part.__dict__}
+        assert len(ours) >= len(adapted(self.lesson))
         yield
         for layer, forward in ours.items():
             layer.forward = forward
@@ -144,6 +148,38 @@ def same_as_peft(desk: Desk, *, tolerance: float = 1e-5) -> None:
             torch.testing.assert_close(gradients[name], theirs, atol=tolerance, rtol=1e-3, msg=name)
 
 
+def same_when_layers_are_run_again(model: Model, recipe: str) -> None:
+    """Checkpointed layers give the gradients they gave."""
+    one, other = Desk.of(model, recipe), Desk.of(model, f"{recipe} + checkpoint_activations")
+    for desk in (one, other):
+        desk.disturbed().lesson.module.eval()
+    theirs = one.gradients()
+    for name, gradient in other.gradients().items():
+        assert torch.equal(gradient, theirs[name]), name
+
+
+def keeps_what_the_formula_says(folder: Path, recipe: str) -> None:
+    """Bytes that autograd keeps for a layer and a position, from what two layers more keep."""
+    held = {}
+    for layers in (2, 4):
+        model = tiny_model(folder / f"deep{layers}", layers=layers, width=128, vocab=257, context=512)
+        data = tiny_examples(folder / "rows.jsonl")
+        desk = Desk.of(model.but(train=replace(model.train, data=data, steps=2, dtype="bfloat16")), recipe)
+        own = {p.untyped_storage().data_ptr() for p in desk.lesson.module.parameters()}
+        seen: dict[int, torch.Tensor] = {}
+
+        def keep(t: torch.Tensor, own: set[int] = own, seen: dict[int, torch.Tensor] = seen) -> torch.Tensor:
+            if t.untyped_storage().data_ptr() not in own:
+                seen[t.untyped_storage().data_ptr()] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            desk.loss(512)
+        held[layers] = sum(t.untyped_storage().nbytes() for t in seen.values()) / 2 / 512
+    formula = layer_elements(model.blueprint) + desk.adaptation.kept(model.blueprint)
+    assert (held[4] - held[2]) / 2 / formula == pytest.approx(1.0, abs=0.08)
+
+
 def learned(model: Model, recipe: str, folder: Path, *, to: float = 0.8, keeper: Keeper | None = None) -> Trained:
     """The run of a recipe; its loss falls to a share of what it was, in its own steps and on held-out rows."""
     done = run(planned(model, recipe), folder, keeper=keeper)
@@ -151,3 +187,47 @@ def learned(model: Model, recipe: str, folder: Path, *, to: float = 0.8, keeper:
     assert sum(losses[-3:]) < to * sum(losses[:3]), losses
     assert done.fitted.after < done.fitted.before
     return done
+
+
+def beside(desk: Desk, folder: Path) -> Model:
+    """The model with the adapter as it is now beside its weights, as a run leaves it."""
+    from fivefold.training.loop import Fitted
+    from fivefold.training.run import _finished
+
+    fitted = Fitted(before=0.0, after=0.0, best_step=0, steps=0, seconds=0.0, history=(), losses=(), state_bytes=0,
+                    value=lambda name: desk.lesson.trained[name].detach())
+    return _finished(desk.model, folder, desk.adaptation, desk.lesson, fitted).model.without(*desk.adaptation.breaks)
+
+
+def served_alike(desk: Desk, folder: Path) -> Model:
+    """Exported, opened again and served by the torch engine, the model answers as the one that was trained."""
+    from fivefold.artifact import Made, Store
+    from fivefold.engines import open_session
+    from fivefold.export import export
+    from fivefold.model import DecodePlan, load
+
+    trained = beside(desk, folder / "run")
+    made = Store(folder / "store").put("a" * 64, lambda at: Made(model=export(trained, at), recipe="-", seconds=1.0))
+    assert {n.split("/")[1] for n in made.manifest["files"] if n.startswith("adapter/")} == set(desk.delta().files)
+    model = load(made.path)
+    assert model.traits == trained.traits and model.blueprint == trained.blueprint
+    logs = [one.log_softmax(-1) for one in desk.logits()]
+    session = open_session(model)
+    for ids, want in zip(IDS.tolist(), logs, strict=True):
+        torch.testing.assert_close(torch.from_numpy(session.score(ids)), want, atol=1e-4, rtol=1e-4)
+    prompts = [IDS[0, :9].tolist() * 3, IDS[1, 4:8].tolist()]
+    texts = [greedy(desk, prompt, 24) for prompt in prompts]
+    assert [list(session.generate(p, 24)) for p in prompts] == texts == session.generate_batch(prompts, 24)
+    assert "adapter" in session.describe()
+    quick = open_session(model.but(decode=DecodePlan(lookup_ngram=1, lookup_tokens=4)))
+    assert [list(quick.generate(p, 24)) for p in prompts] == texts
+    return model
+
+
+@torch.no_grad()
+def greedy(desk: Desk, prompt: list[int], count: int) -> list[int]:
+    """The likeliest words, each from a pass over the whole text."""
+    text = list(prompt)
+    for _ in range(count):
+        text.append(int(desk.logits(torch.tensor([text]))[0, -1].argmax()))
+    return text[len(prompt):]

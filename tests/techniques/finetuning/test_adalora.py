@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 import torch
 from adapting import (
-    Desk, formula_is_what_is_allocated, learned, only_the_adapter_learns, planned, pupil, reference, same_as_peft,
+    Desk,
+    formula_is_what_is_allocated,
+    keeps_what_the_formula_says,
+    learned,
+    only_the_adapter_learns,
+    planned,
+    pupil,
+    reference,
+    same_as_peft,
+    same_when_layers_are_run_again,
 )
 
 from fivefold.errors import Misfit
@@ -106,11 +115,13 @@ def test_it_ends_with_the_ranks_it_was_given(tmp_path: Path) -> None:
     assert len(apart) > 1, "ranks move between layers"
 
 
-@pytest.mark.parametrize("total", [1, 2, 3, 5, 40])
+@pytest.mark.parametrize("total", [2, 3, 5, 40])
 def test_a_short_schedule_is_one_too(total: int, tmp_path: Path) -> None:
     desk = opened(pupil(tmp_path, steps=total), "adalora(rank=2)")
     steps(desk, 1, total)
     assert ranks(desk) == 2 * len(adapted(desk.lesson))
+    with pytest.raises(Misfit, match="needs 2 steps"):
+        opened(pupil(tmp_path / "b", steps=1), "adalora(rank=2)")
 
 
 @pytest.mark.parametrize("stop", [3, 9, 15])
@@ -139,7 +150,8 @@ def test_what_lies_beside_the_weights_is_counted(tmp_path: Path) -> None:
     allocator, kept = desk.lesson.extra["tuner"].rankallocator, desk.lesson.extra["kept"]
     tables = [t for name in ("ipt", "exp_avg_ipt", "exp_avg_unc") for t in getattr(allocator, name).values()]
     extra = desk.adaptation.weight_bytes(desk.model.blueprint, 4) - 4 * desk.model.blueprint.parameters
-    assert extra == sum(t.nbytes for t in (*tables, *kept.values()))
+    products = [p for name, p in desk.lesson.trained.items() if "lora_A" in name]
+    assert extra == sum(t.nbytes for t in (*tables, *kept.values(), *products))
 
 
 def test_an_update_that_leaves_gradients_out_is_refused(tmp_path: Path) -> None:
@@ -153,3 +165,8 @@ def test_the_loss_falls(dtype: str, tmp_path: Path) -> None:
     done = learned(pupil(tmp_path, dtype=dtype, steps=30), "adalora(rank=8, rate=0.02)", tmp_path / "run")
     assert done.delta_bytes < 4 * done.numbers + 16384
     assert reference(done.model.path).isfinite().all()
+
+
+def test_memory_for_activations(tmp_path: Path) -> None:
+    keeps_what_the_formula_says(tmp_path, "adalora(rank=4)")
+    same_when_layers_are_run_again(pupil(tmp_path), "adalora(rank=4)")

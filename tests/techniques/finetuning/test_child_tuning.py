@@ -23,9 +23,14 @@ from masked import (
 )
 
 from fivefold.errors import Misfit
-from fivefold.recipe import make
-from fivefold.training.method import FineTuning, Lesson, Update
-from fivefold.training.run import stored_value
+from fivefold.model import TrainPlan
+from fivefold.recipe import catalogue, make
+from fivefold.techniques.finetuning.child_tuning import _fisher
+from fivefold.training.adamw import AdamW
+from fivefold.training.method import FineTuning, Lesson, Methods, Update
+from fivefold.training.module import loss_of
+from fivefold.training.precision import Dice, carry
+from fivefold.training.run import _micro, prepared, stored_value
 
 D, F = 'child_tuning(share=0.1, batches=3, rate=0.001)', 'child_tuning(mode="F", share=0.2, rate=0.001)'
 
@@ -42,8 +47,6 @@ def thinned(share: float, seed: int, steps: range, gradient: torch.Tensor) -> to
 
 
 def pupil_of_one(gradient: torch.Tensor, seed: int) -> Lesson:
-    from fivefold.model import TrainPlan
-
     parameter = torch.nn.Parameter(torch.zeros_like(gradient))
     return Lesson(None, None, TrainPlan(seed=seed), trained={"w": parameter})
 
@@ -86,14 +89,10 @@ def fisher(model, batches: int) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def lesson(tmp_path_factory: pytest.TempPathFactory) -> Lesson:
     """A D-run's lesson after `ready`, with steps of several batches."""
-    return ready(pupil(tmp_path_factory.mktemp("d"), at_once=128))
+    return ready(pupil(tmp_path_factory.mktemp("d"), tokens_per_step=512, at_once=256))
 
 
 def ready(model) -> Lesson:
-    from fivefold.training.method import Methods
-    from fivefold.training.module import loss_of
-    from fivefold.training.run import _micro, prepared
-
     model = planned(model, D)
     methods = Methods.of(model.train)
     out = prepared(model, methods.adaptation, methods)
@@ -114,8 +113,17 @@ def test_the_child_is_the_brute_force_top_p_of_a_plain_fisher(lesson: Lesson) ->
     assert all(p.grad is None for p in lesson.trained.values())
 
 
+def test_fisher_information_is_that_of_a_plain_loop(lesson: Lesson) -> None:
+    reference = fisher(lesson.model, 3)
+    steps = [_micro(stream(lesson.model).step(step)) for step in range(3)]
+    found = _fisher(lesson.trained, loss_of(lesson.module), steps)
+    assert [len(step) for step in steps] == [2, 2, 2]
+    for name, value in found.items():
+        torch.testing.assert_close(value, reference[name], rtol=1e-3, atol=float(1e-5 * reference[name].max()))
+
+
 def test_the_child_alone_learns_and_like_plain_training_of_it(lesson: Lesson, tmp_path: Path) -> None:
-    model, masks = pupil(tmp_path, at_once=128), lesson.extra["masks"]
+    model, masks = pupil(tmp_path, tokens_per_step=512, at_once=256), lesson.extra["masks"]
     done = trained(model, D, tmp_path / "run")
     changed = differing(model, done.model)
     for name, where in changed.items():
@@ -171,6 +179,27 @@ def test_the_formulas_count_what_is_there(lesson: Lesson) -> None:
 def test_the_stored_value_is_the_file_s(lesson: Lesson) -> None:
     for name, p in lesson.trained.items():
         assert torch.equal(stored_value(lesson, name), p.data)
+
+
+FOLLOWING = [name for name, kind in catalogue().items() if issubclass(kind, Update) and kind.by_number]
+
+
+@pytest.mark.parametrize("name", [*FOLLOWING, "default"])
+@pytest.mark.parametrize("held", ["float32", "split", "kahan", "stochastic", "nearest"])
+def test_an_update_by_number_leaves_masked_numbers_alone(name: str, held: str) -> None:
+    optimizer = AdamW() if name == "default" else make(name, {}).optimizer(TrainPlan())
+    weight = torch.nn.Parameter(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)))
+    weight.data = weight.data.to(torch.float32 if held == "float32" else torch.bfloat16)
+    start, beside, states, dice = weight.data.clone(), carry(weight.data, held), {}, Dice(0)
+    draw = torch.Generator().manual_seed(1)
+    mask = torch.rand(weight.shape, generator=draw) < 0.3
+    for step in range(1, 5):
+        optimizer.begin(step, {"w": weight}, states)
+        states.setdefault("w", optimizer.state(weight.data))
+        gradient = (torch.randn(weight.shape, generator=draw) * mask).to(weight.dtype)
+        optimizer.update(weight.data, gradient, states["w"], beside, 0.05, step, dice if held == "stochastic" else None)
+    assert torch.equal(weight.data[~mask], start[~mask]) and not torch.equal(weight.data[mask], start[mask])
+    assert not any(tensor[~mask].any() for tensor in beside.values())
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

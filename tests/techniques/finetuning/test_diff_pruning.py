@@ -79,6 +79,7 @@ def test_gates_close_at_a_price_and_stay_open_for_nothing(tmp_path: Path) -> Non
             optimizer=technique.default_optimizer())
         gates = torch.cat([p.openness.detach().flatten() for p in given.extra["parts"].values()])
         shares[strength] = float((gates > 0).float().mean())
+        assert int(given.extra["draws"].step) == 40, "a draw of its own for each step"
     assert shares[0.0] > 0.9 and shares[1000.0] < 0.05
     assert shares[1000.0] <= shares[10.0] < shares[0.0]
 
@@ -134,6 +135,14 @@ def test_when_nothing_is_gained_the_parent_is_handed_on(tmp_path: Path, monkeypa
     assert done.fitted.best_step == 0
     assert not differing(model, done.model) and done.numbers == 0
     assert assert_sparse_gives_it_back(model, done).count == 0
+
+
+def test_layers_made_again_draw_the_same_gates(tmp_path: Path) -> None:
+    model = pupil(tmp_path)
+    plain = trained(model, RECIPE, tmp_path / "plain")
+    again = trained(model, f"{RECIPE} + checkpoint_activations", tmp_path / "again")
+    assert again.fitted.losses == pytest.approx(plain.fitted.losses, rel=1e-5)
+    assert again.numbers == plain.numbers
 
 
 def test_gates_learn_at_their_own_rate(tmp_path: Path) -> None:

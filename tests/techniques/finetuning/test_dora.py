@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import Desk, formula_is_what_is_allocated, learned, only_the_adapter_learns, pupil, reference, same_as_peft
+from adapting import (
+    Desk,
+    formula_is_what_is_allocated,
+    keeps_what_the_formula_says,
+    learned,
+    only_the_adapter_learns,
+    pupil,
+    reference,
+    same_as_peft,
+    same_when_layers_are_run_again,
+)
 
 from fivefold.techniques._shared.adapters import adapted
 
@@ -58,3 +68,8 @@ def test_what_lies_beside_the_weights_is_counted(tmp_path: Path) -> None:
     desk = Desk.of(pupil(tmp_path), "dora(rank=4)")
     extra = desk.adaptation.weight_bytes(desk.model.blueprint, 4) - 4 * desk.model.blueprint.parameters
     assert extra == sum(layer.squares.nbytes for layer in adapted(desk.lesson).values())
+
+
+def test_memory_for_activations(tmp_path: Path) -> None:
+    keeps_what_the_formula_says(tmp_path, "dora(rank=4)")
+    same_when_layers_are_run_again(pupil(tmp_path), "dora(rank=4)")

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import Desk, formula_is_what_is_allocated, learned, only_the_adapter_learns, pupil, reference, same_as_peft
+from adapting import (
+    Desk,
+    formula_is_what_is_allocated,
+    keeps_what_the_formula_says,
+    learned,
+    only_the_adapter_learns,
+    pupil,
+    reference,
+    same_as_peft,
+    same_when_layers_are_run_again,
+)
 
 from fivefold.techniques._shared.lean_adapters import scaled
 from fivefold.training.lean import gated
@@ -70,3 +80,8 @@ def test_the_loss_falls(dtype: str, tmp_path: Path) -> None:
     done = learned(pupil(tmp_path, dtype=dtype, steps=40), "ia3(rate=0.05)", tmp_path / "run")
     assert done.delta_bytes < 4 * done.numbers + 4096
     assert reference(done.model.path).isfinite().all()
+
+
+def test_memory_for_activations(tmp_path: Path) -> None:
+    keeps_what_the_formula_says(tmp_path, "ia3")
+    same_when_layers_are_run_again(pupil(tmp_path), "ia3")

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapting import Desk, formula_is_what_is_allocated, learned, only_the_adapter_learns, pupil, reference, same_as_peft
+from adapting import (
+    Desk,
+    formula_is_what_is_allocated,
+    learned,
+    only_the_adapter_learns,
+    pupil,
+    reference,
+    same_as_peft,
+)
 from safetensors.torch import load_file
 
 from fivefold.engines._quantize import dequantize, quantize

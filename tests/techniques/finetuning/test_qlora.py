@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from adapting import Desk, formula_is_what_is_allocated, learned, only_the_adapter_learns, pupil, reference
+from adapting import (
+    Desk,
+    formula_is_what_is_allocated,
+    keeps_what_the_formula_says,
+    learned,
+    only_the_adapter_learns,
+    pupil,
+    reference,
+    same_when_layers_are_run_again,
+)
 from safetensors.torch import load_file
 from scipy.stats import norm
 
@@ -58,6 +67,17 @@ def test_a_weight_takes_4_127_bits() -> None:
     assert nf4_bytes(512**2) == sum(t.nbytes for t in (codes, magnitudes, second, mean))
 
 
+def test_a_pass_in_evaluation_mode_leaves_the_weight_as_it_is() -> None:
+    """bitsandbytes alone rounds the scales then, and has no gradient afterwards."""
+    layer = _packed(torch.randn(64, 64), None, torch.float32).eval()
+    weight, x = exact(layer), torch.randn(3, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), x @ weight.T)
+    assert torch.equal(exact(layer), weight)
+    layer.train()(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, -1))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_formula_counts_every_byte_of_the_weights(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -65,12 +85,10 @@ def test_the_formula_counts_every_byte_of_the_weights(family: str, dtype: torch.
     module = load_nf4(model, dtype)
     packed = [part for _, part in linears(module)]
     held = {t.data_ptr(): t.nbytes for layer in packed for t in parts(layer)}
-    rest = {name: p for name, p in module.named_parameters() if not any(p is layer.weight for layer in packed)}
-    outside = {n for n in rest if n.endswith("bias") or "wpe" in n}
-    held |= {p.data_ptr(): p.nbytes for name, p in rest.items() if name not in outside}
-    formula = qlora.Qlora().weight_bytes(model.blueprint, dtype.itemsize)
-    assert formula == sum(held.values()), "biases and places, which no blueprint knows, apart"
-    assert bool(outside) == (family != "llama") and not any(p.is_meta for p in module.parameters())
+    held |= {p.data_ptr(): p.nbytes for p in module.parameters() if p.dtype != torch.uint8}
+    assert qlora.Qlora().weight_bytes(model.blueprint, dtype.itemsize) == sum(held.values())
+    assert len(packed) == sum(p.dtype == torch.uint8 for p in module.parameters())
+    assert not any(p.is_meta for p in module.parameters())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,3 +151,8 @@ def test_it_is_refused_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.
 def test_a_small_matrix_has_a_whole_block(tmp_path: Path) -> None:
     layer = _packed(torch.randn(3, 5), None, torch.float32)
     assert nf4_bytes(15) == sum(t.nbytes for t in parts(layer)[:-2]) and math.ceil(15 / 2) == layer.weight.nbytes
+
+
+def test_memory_for_activations(tmp_path: Path) -> None:
+    keeps_what_the_formula_says(tmp_path, "qlora(rank=4)")
+    same_when_layers_are_run_again(pupil(tmp_path), "qlora(rank=4)")

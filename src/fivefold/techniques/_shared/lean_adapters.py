@@ -12,6 +12,7 @@ g and l are near 1, where bfloat16 has steps of 1/128: they stay in float32, and
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,4 +95,4 @@ def nf4(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
     base = layer.get_base_layer()
     a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    return lean.linear(x, lambda: unpacked(base, x.dtype), base.bias, a, b, layer.scaling[NAME])
+    return lean.linear(x, partial(unpacked, base, x.dtype), base.bias, a, b, layer.scaling[NAME])

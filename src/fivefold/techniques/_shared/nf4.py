@@ -5,9 +5,9 @@ normal distribution. The s of 256 blocks, less their mean, are 8-bit numbers the
 
     bits per weight = 4 + 8 / 64 + 32 / (64 * 256) = 4.127
 
-The folder is read one tensor at a time: no second copy of the weights is ever in memory. Layers are not computed by
-bitsandbytes' own forward: in evaluation mode it would reorder the packed weight and round its scales to bfloat16 in
-place, and the passes after that have no gradient.
+The folder is read one tensor at a time: no second copy of the weights is ever in memory. On processors with bfloat16
+instructions bitsandbytes would, at a layer's first pass in evaluation mode, reorder its weight and round its scales to
+bfloat16 in place, and the passes after that have no gradient: here that is switched off.
 
 Source: Dettmers et al., arXiv 2305.14314.
 """
@@ -91,6 +91,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype)
         bnb_quantized=True, module=layer,
     )
     layer.quant_state = state
+    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return layer
 
 

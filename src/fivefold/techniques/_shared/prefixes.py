@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from fivefold.engines._peft import peft
 from fivefold.errors import DataError, Misfit
 from fivefold.techniques._shared.adapters import saved
+from fivefold.training import attention
 from fivefold.training.method import Lesson
 from fivefold.training.module import plain_head
 
@@ -39,12 +40,15 @@ class _Before(DynamicCache):
 
 def wrapped(lesson: Lesson, tokens: int) -> Any:
     """peft's model around the module, with a random prefix. Raises Misfit for a family whose passes it cannot begin."""
-    if not plain_head(lesson.module):
-        raise Misfit(f"prefix is not trained in {lesson.module.config.model_type}, whose logits are more than a product"
+    module: Any = lesson.module
+    if not plain_head(module):
+        raise Misfit(f"prefix is not trained in {module.config.model_type}, whose logits are more than a product"
                      " with the head; use lora there")
+    if module.config._attn_implementation == attention.NAME:
+        module.set_attn_implementation("sdpa")  # the lean one has as many keys as queries
     config = peft().PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens)
     lesson.extra["config"] = config
-    return peft().get_peft_model(lesson.module, config)
+    return peft().get_peft_model(module, config)
 
 
 def hidden(lesson: Lesson, held: Any) -> Callable[..., Tensor]:

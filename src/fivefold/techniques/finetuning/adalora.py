@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FIRST, LAST = 0.1, 0.4
 """Shares of the steps before ranks begin to fall, and after they have fallen."""
+LEAST = 2
 AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 
@@ -71,8 +72,11 @@ class Adalora(Adaptation):
         return found
 
     def weight_bytes(self, blueprint: Blueprint, element: int) -> float:
-        importances = 12 * sum(math.prod(shape) for shape in self.shapes(blueprint).values())
-        return super().weight_bytes(blueprint, element) + importances + self.first_rank * len(linear_shapes(blueprint))
+        shapes = self.shapes(blueprint)
+        importances = 12 * sum(map(math.prod, shapes.values()))
+        products = 4 * sum(math.prod(shape) for name, shape in shapes.items() if name.endswith(".Q"))
+        marks = self.first_rank * len(linear_shapes(blueprint))
+        return super().weight_bytes(blueprint, element) + importances + products + marks
 
     def prepare(self, lesson: Lesson) -> dict[str, torch.nn.Parameter]:
         import torch
@@ -87,6 +91,8 @@ class Adalora(Adaptation):
         )
         tuner = peft().AdaLoraModel(lesson.module, config, NAME)
         lesson.extra["tuner"] = tuner
+        for layer in adapted(lesson).values():
+            layer.ranknum[NAME].requires_grad_(False).data = torch.tensor([float(self.first_rank)])
         trained = opened(lesson, config)
         lesson.extra["kept"] = {n: torch.ones(p.shape, dtype=torch.bool) for n, p in trained.items() if "lora_E" in n}
         _present(tuner.rankallocator, trained)
@@ -96,9 +102,11 @@ class Adalora(Adaptation):
 
     def ready(self, lesson: Lesson, loss: Callable[[Any], torch.Tensor], batches: Callable[[int], Any]) -> None:
         steps = lesson.plan.steps
+        if steps < LEAST:
+            raise Misfit(f"adalora needs {LEAST} steps to choose ranks by, and this run has {steps}; use lora")
         config = lesson.extra["config"]
         config.total_step, config.tinit = steps, round(FIRST * steps)
-        config.tfinal = min(round(LAST * steps), steps - config.tinit - 1)
+        config.tfinal = min(round(LAST * steps), steps - config.tinit - LEAST)
 
     def penalty(self, lesson: Lesson, step: int) -> torch.Tensor | None:
         import torch

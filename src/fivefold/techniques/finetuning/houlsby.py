@@ -58,7 +58,8 @@ class Houlsby(Adaptation):
                 for name, shape in one.items()}
 
     def kept(self, blueprint: Blueprint) -> float:
-        return 2.0 * (blueprint.width + 2 * self.size)
+        b = blueprint
+        return 2.0 * (b.width + 2 * self.size) - b.heads * b.head_dim
 
     def prepare(self, lesson: Lesson) -> dict[str, torch.nn.Parameter]:
         from fivefold.engines._bottleneck import install

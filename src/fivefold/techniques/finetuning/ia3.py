@@ -54,7 +54,8 @@ class Ia3(Adaptation):
         return {f"layer{i}.{name}": shape for i in range(b.layers) for name, shape in layer.items()}
 
     def kept(self, blueprint: Blueprint) -> float:
-        return float(blueprint.kv_heads * blueprint.head_dim)
+        b = blueprint
+        return float(b.kv_heads * b.head_dim - b.heads * b.head_dim)
 
     def prepare(self, lesson: Lesson) -> dict[str, torch.nn.Parameter]:
         from fivefold.engines._peft import peft
