@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+from fivefold.model import Model, TrainPlan
+from fivefold.recipe import Recipe
 from fivefold.training.batching import Batch
 from fivefold.training.data import Example
+from fivefold.training.loop import Fitted, Group, fit, windows
 
 VOCAB = 97
 COMMON = {
@@ -70,3 +75,39 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+def plan(**changes: Any) -> TrainPlan:
+    return TrainPlan(**{"steps": 12, "learning_rate": 0.05, **changes})
+
+
+class Net(torch.nn.Module):
+    """A small regression. `scale` sets the size of its gradients."""
+
+    def __init__(self, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.first = torch.nn.Parameter(torch.randn(6, 5, generator=draw).to(dtype))
+        self.second = torch.nn.Parameter(torch.randn(1, 6, generator=draw).to(dtype))
+        self.x, self.scale = torch.randn(64, 5, generator=draw), scale
+
+    def loss(self, rows: Any) -> torch.Tensor:
+        x = self.x[torch.as_tensor(rows)]
+        hidden = torch.tanh(F.linear(x.to(self.first.dtype), self.first))
+        out = F.linear(hidden, self.second).float().squeeze(-1)
+        return self.scale * (out - x.sum(-1)).square().mean()
+
+    def score(self) -> float:
+        with torch.no_grad():
+            return float(self.loss(range(64)))
+
+    def fit(self, told: TrainPlan, at_once: int = 16, **more: Any) -> Fitted:
+        stream = windows(np.arange(64), 16, told.seed, at_once)
+        return fit(told, [Group(parameters=dict(self.named_parameters()))], self.loss, stream,
+                   more.pop("score", self.score), **more)
+
+
+def asked(model: Model, data: Path, recipe: str = "lora(rank=4, rate=0.01)", **changes: Any) -> Model:
+    """The model with a plan to train it on `data` by `recipe`."""
+    told = {"data": data, "steps": 12, "tokens_per_step": 512, "dtype": "float32", "held_out": 0.25, **changes}
+    return Recipe.parse(recipe).plan(model.but(train=replace(model.train, **told)))

@@ -104,8 +104,8 @@ def _whole(path: Path) -> Iterator[None]:
         check_safetensors(path)
         yield
     except (ModelError, OSError, SafetensorError) as error:
-        why = str(error).partition(";")[0]
-        raise StoreError(f"{path} is missing or damaged ({why}); remove {path.with_name(STATE)} to train again") from None
+        why, first = str(error).partition(";")[0], path.with_name(STATE)
+        raise StoreError(f"{path} is missing or damaged ({why}); remove {first} to train again") from None
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -22,11 +22,9 @@ Whatever the allocator leaves unused between tensors is counted as `SLACK` of th
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from fivefold.model import Blueprint, TrainPlan
-from fivefold.training.adamw import AdamW
 from fivefold.training.cross_entropy import CHUNK, TOGETHER
 from fivefold.training.method import Methods, Shapes, model_shapes
 from fivefold.training.optimizer import Optimizer
@@ -76,7 +74,8 @@ def needs(
     held = carry_bytes(plan.held) if whole and element == 2 else 0
     largest = max(sizes.values(), default=0)
     adaptation = methods.adaptation
-    weights = adaptation.weight_bytes(blueprint, element) if adaptation else element * blueprint.parameters
+    sizes_of_all = (math.prod(shape) for shape in model_shapes(blueprint).values())
+    weights = adaptation.weight_bytes(blueprint, element) if adaptation else float(element * sum(sizes_of_all))
     gradients = 0.0
     if optimizer.needs_gradients:
         gradients = float(width * (largest if fused else sum(sizes[name] for name in live)))
@@ -112,12 +111,3 @@ def _head(blueprint: Blueprint, plan: TrainPlan, element: int, trained: bool) ->
     chunk = min(CHUNK, plan.at_once) * blueprint.vocab * (2 * element + 8)
     kept = min(TOGETHER, plan.at_once) * blueprint.vocab * element if trained else 0
     return float(chunk + kept)
-
-
-def default_optimizer(methods: Methods, plan: TrainPlan) -> Optimizer:
-    return methods.update.optimizer(plan) if methods.update else AdamW()
-
-
-def first_that_fits(candidates: Sequence[tuple[str, Needs]], limit: float) -> str | None:
-    """The first name whose peak is within `limit` bytes."""
-    return next((name for name, need in candidates if need.peak <= limit), None)

@@ -12,6 +12,7 @@ The plan names its techniques in the recipe's own spelling, so it stays plain da
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ class Adaptation(FineTuning):
 
     def weight_bytes(self, blueprint: Blueprint, element: int) -> float:
         """Bytes of the weights that are computed with; `element` per number."""
-        return float(element * blueprint.parameters)
+        return float(element * sum(math.prod(shape) for shape in model_shapes(blueprint).values()))
 
     def mapped(self, blueprint: Blueprint) -> float:
         """Bytes of the files that are mapped at once while the weights are made of them."""

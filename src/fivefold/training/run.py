@@ -86,7 +86,8 @@ def run(
     optimizer = methods.update.optimizer(model.train) if methods.update else _adamw(adaptation)
     stream = _stream(train_part, lesson.plan, adaptation, optimizer)
     loss = loss_of(lesson.module, adaptation.hidden(lesson))
-    lesson.plan = plan = _with_steps(lesson, stream, loss, optimizer)
+    begun = keeper.meta() if keeper is not None else None
+    lesson.plan = plan = _with_steps(lesson, stream, loss, optimizer, begun["steps"] if begun else 0)
     planned(plan)
     adaptation.ready(lesson, loss, lambda step: _micro(stream.step(step)))
     shelf = methods.saving.shelf(lesson, folder) if methods.saving else None
@@ -97,6 +98,8 @@ def run(
         fused=_fused(adaptation, optimizer), patience=plan.patience, hooks=_hooks(adaptation, lesson, listen, shelf),
         keeper=keeper, exact=lambda name: stored_value(lesson, name), checks=CHECKS,
     )
+    for left in ("trained", "delta") if keeper is not None and keeper.lasting else ():  # by a process that was killed
+        shutil.rmtree(folder / left, ignore_errors=True)
     return _finished(model, folder, adaptation, lesson, fitted)
 
 
@@ -169,10 +172,15 @@ def _micro(batches: list[Batch]) -> Micro:
 
 
 def _with_steps(
-    lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer
+    lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer, begun: int = 0
 ) -> TrainPlan:
-    """The plan with its number of steps: given, or its rounds over the data, or what its time allows of them."""
+    """The plan with its number of steps: given, or its rounds over the data, or what its time allows of them.
+
+    A run that was begun keeps the number it was `begun` with: a step may take another time now.
+    """
     plan = lesson.plan
+    if begun and not plan.steps:
+        return replace(plan, steps=begun)
     steps = plan.steps or max(1, math.ceil(plan.epochs * len(stream.epoch(0))))
     if plan.seconds and not plan.steps:
         steps = max(1, min(steps, int(plan.seconds / _seconds_per_step(lesson, stream, loss, optimizer))))

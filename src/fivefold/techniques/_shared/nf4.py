@@ -91,7 +91,7 @@ def _packed(weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype)
         bnb_quantized=True, module=layer,
     )
     layer.quant_state = state
-    layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    layer.support_avx512bf16_for_cpu = False
     return layer
 
 

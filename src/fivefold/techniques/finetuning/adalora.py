@@ -78,6 +78,9 @@ class Adalora(Adaptation):
         marks = self.first_rank * len(linear_shapes(blueprint))
         return super().weight_bytes(blueprint, element) + importances + products + marks
 
+    def kept(self, blueprint: Blueprint) -> float:
+        return float(self.first_rank * len(linear_shapes(blueprint)) / blueprint.layers)
+
     def prepare(self, lesson: Lesson) -> dict[str, torch.nn.Parameter]:
         import torch
 

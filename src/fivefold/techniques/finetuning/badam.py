@@ -6,8 +6,9 @@
     bytes for M weights     full AdamW 2 M + 2 M + 8 M and gradients      here 2 M + (8 + 2 + 2) M / D
 
 The backward pass ends at the active layer, and no other layer's weights get a gradient, so a step is cheaper too. With
-held="block" weights rest as bfloat16 and are float32 (two halves) while their block is active: what a visit changed
-below bfloat16's resolution is rounded at its end, and so is a model stored in float32 at its beginning.
+held="block" weights rest as bfloat16 and are float32 (two halves) while their block is active. At the end of a visit
+they are rounded, up with the probability of what is lost: a visit moves a weight by less than bfloat16 resolves, and
+rounding to the nearest would take most of it back. A model stored in float32 is rounded when training begins.
 
 `every` x blocks steps are needed until all have been trained once. It does not help in runs shorter than that, nor
 where one block (a large embedding) is most of the model, nor beside an adapter.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Badam(Update):
+    passes = 1.6
     every: Annotated[int, Range(1, 100_000, log=True), Search(5, 20, 50)] = 10
     """Steps of one visit."""
     order: Annotated[Literal["random", "ascending"], Fixed()] = "random"

@@ -58,7 +58,8 @@ class Dora(Adaptation):
 
     def kept(self, blueprint: Blueprint) -> float:
         b = blueprint
-        return 2.0 * b.width + b.heads * b.head_dim + b.kv_heads * b.head_dim
+        thin = self.rank * len(linear_shapes(b)) / b.layers
+        return thin + 2.0 * b.width + b.heads * b.head_dim + b.kv_heads * b.head_dim
 
     def prepare(self, lesson: Lesson) -> dict[str, torch.nn.Parameter]:
         from fivefold.techniques._shared import lean_adapters

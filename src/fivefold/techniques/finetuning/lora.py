@@ -68,6 +68,9 @@ class Lora(Adaptation):
             found |= {f"{name}.A": (self.rank, inputs), f"{name}.B": (outputs, self.rank)}
         return found
 
+    def kept(self, blueprint: Blueprint) -> float:
+        return float(self.rank * len(linear_shapes(blueprint)) / blueprint.layers)
+
     def load(self, model: Model, dtype: torch.dtype) -> Any:
         from fivefold.techniques._shared.adapters import round_linears
 

@@ -75,6 +75,9 @@ class Qlora(Adaptation):
         rest = sum(prod(shape) for name, shape in model_shapes(blueprint).items() if name not in packed)
         return float(sum(nf4_bytes(prod(shape)) for shape in packed.values()) + TABLES + element * rest)
 
+    def kept(self, blueprint: Blueprint) -> float:
+        return float(self.rank * len(linear_shapes(blueprint)) / blueprint.layers)
+
     def mapped(self, blueprint: Blueprint) -> float:
         return 8.0 * max(prod(shape) for shape in model_shapes(blueprint).values())
 

@@ -120,6 +120,6 @@ def _closed(state: State, name: str, part: slice, kind: Codes, value: torch.Tens
     scale = rows.abs().amax(1)
     code = kind.encode((rows / scale.clamp_min(TINY)[:, None]).view(-1))
     if name == "square":
-        pass
+        code.clamp_(min=1)
     state[name][part] = code
     state[f"{name}_scale"][blocks] = scale
