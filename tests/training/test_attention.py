@@ -123,7 +123,9 @@ def test_attention_that_sees_the_future_or_is_not_sdpa_is_left() -> None:
     both = module("Llama")
     both.model.layers[0].self_attn.is_causal = False
     eager = module("Llama", attn_implementation="eager")
-    assert not use(both) and not use(eager)
+    capped = module("Llama")
+    capped.config.attn_logit_softcapping = 30.0
+    assert not use(both) and not use(eager) and not use(capped)
 
 
 def test_what_it_cannot_do_is_said() -> None:

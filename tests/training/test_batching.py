@@ -45,7 +45,7 @@ def parts(batch: Batch) -> list[tuple[int, ...]]:
 
 @settings(max_examples=60, deadline=None)
 @given(layout=st.sampled_from(LAYOUTS), count=st.integers(1, 60), longest=st.integers(2, 120),
-       per_step=st.integers(16, 600), at_once=st.integers(16, 600), seed=st.integers(0, 3))
+       per_step=st.integers(16, 2000), at_once=st.integers(16, 600), seed=st.integers(0, 3))
 def test_every_round_holds_every_example_once_within_the_limits(
     layout: Layout, count: int, longest: int, per_step: int, at_once: int, seed: int
 ) -> None:

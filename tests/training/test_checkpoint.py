@@ -48,7 +48,7 @@ class Noisy(Net):
         hooks = more.pop("hooks", Hooks(penalty=penalty, stepped=lambda step: self.seen.add_(0.5 * step),
                                         buffers=lambda: {"seen": self.seen}, listen=listen))
         keeper = Keeper(folder, "the key", every) if folder else None
-        return super().fit(more.pop("told", plan()), held=more.pop("held", "float32"), keeper=keeper, hooks=hooks,
+        return super().fit(more.pop("told", plan()), 16 if more.get("fused") else 3, held=more.pop("held", "float32"), keeper=keeper, hooks=hooks,
                            **more)
 
 

@@ -244,8 +244,8 @@ def test_every_window_comes_once_per_round(at_once: int) -> None:
     last = stream(15)
     steps = [stream(number) for number in range(16)]
     seen = np.concatenate([batch for step in steps for batch, _ in step])[:80, 0]
-    for turn in range(5):
-        assert sorted(seen[16 * turn : 16 * (turn + 1)]) == sorted(tokens[:, 0])
+    rounds = [tuple(seen[16 * turn : 16 * (turn + 1)]) for turn in range(5)]
+    assert {tuple(sorted(turn)) for turn in rounds} == {tuple(tokens[:, 0])} and len(set(rounds)) == 5
     for micro in steps:
         assert sum(share for _, share in micro) == pytest.approx(1) and all(len(batch) <= at_once for batch, _ in micro)
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(last, steps[15], strict=True))

@@ -97,6 +97,12 @@ def test_only_what_sees_examples_apart_may_be_packed(
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_a_small_leak_along_the_row_is_noticed() -> None:
+    model = module("Llama").eval()
+    model.model.norm.register_forward_hook(lambda part, given, out: out + 0.01 * out.roll(1, 1))
+    assert not packs(model, 60)
+
+
 def test_loading(tiny_llama: Model, tmp_path: Path) -> None:
     model = load_module(tiny_llama)
     assert not model.training and not any(p.requires_grad for p in model.parameters())

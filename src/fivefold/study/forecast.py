@@ -28,7 +28,7 @@ from fivefold.recipe import Recipe, catalogue
 from fivefold.training.batching import Stream
 from fivefold.training.data import Examples
 from fivefold.training.memory import Needs, needs
-from fivefold.training.method import Adaptation, FineTuning, Methods
+from fivefold.training.method import Adaptation, FineTuning, Methods, completed
 
 ORDER = ("lora", "lora + checkpoint_activations", "full", "full + adamw8bit", "full + badam", "qlora", "mezo")
 REACHED = 0.45
@@ -86,21 +86,16 @@ class Surroundings:
 def forecast(recipe: Recipe, around: Surroundings) -> Forecast:
     """What the recipe would take, at the largest batch that fits. Never raises for what does not fit."""
     try:
-        plan = recipe.plan(around.model).train
+        plan = completed(recipe.plan(around.model).train)
     except UserError as error:
         return Forecast(recipe=recipe, plan=around.model.train, needs=None, why_not=str(error))
     methods = Methods.of(plan)
-    adaptation = methods.adaptation or _full()
+    adaptation = methods.adaptation
+    assert adaptation is not None
     fused = adaptation.fused
     sizes = [plan.tokens_per_step] if fused else [s for s in SIZES if s <= max(plan.tokens_per_step, SIZES[-1])]
     tried = [_at(recipe, replace(plan, at_once=size), methods, adaptation, around) for size in sizes]
     return next((f for f in tried if not f.why_not), tried[-1])
-
-
-def _full() -> Adaptation:
-    technique = catalogue()["full"]()
-    assert isinstance(technique, Adaptation)
-    return technique
 
 
 def _at(recipe: Recipe, plan: TrainPlan, methods: Methods, adaptation: Adaptation, around: Surroundings) -> Forecast:

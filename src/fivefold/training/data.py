@@ -112,10 +112,8 @@ class _Reader:
                 text, label = used["text"], used["label"]
                 tokens, learn = self._pair(self.template.replace("{text}", text), f" {label}", where)
             digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode()).digest()
-        except (DataError, ModelError) as error:
+        except (DataError, ModelError, RecursionError) as error:
             raise DataError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
-        except RecursionError:
-            raise DataError(f"{where} is nested too deeply; write one of {SHAPES}") from None
         if len(tokens) > self.context:
             raise DataError(f"{where} is {len(tokens)} tokens long and the model's context is {self.context};"
                             " shorten the row")

@@ -257,6 +257,21 @@ def rate_for(plan: TrainPlan, whole: float, beside: float | None = None) -> floa
     return whole if adaptation.whole else beside
 
 
+def completed(plan: TrainPlan) -> TrainPlan:
+    """The plan with all weights trained when it names no adaptation; the techniques it names have the last word."""
+    from fivefold.recipe import make
+
+    named = [t for t in techniques(plan) if isinstance(t, FineTuning)]
+    if any(isinstance(t, Adaptation) for t in named):
+        return plan
+    default = make("full", {})
+    assert isinstance(default, Adaptation)
+    done = default.edited(plan)
+    for technique in named:
+        done = technique.edited(done)
+    return replace(done, methods=(str(default), *plan.methods))
+
+
 def techniques(plan: TrainPlan) -> Iterator[Technique]:
     for spelled in plan.methods:
         yield from Recipe.parse(spelled)

@@ -30,7 +30,7 @@ from fivefold.training.checkpoint import Keeper
 from fivefold.training.data import Examples
 from fivefold.training.delta import Delta, Sparse, changed
 from fivefold.training.loop import Fitted, Group, Hooks, Micro, Step, fit
-from fivefold.training.method import Adaptation, Lesson, Methods
+from fivefold.training.method import Adaptation, Lesson, Methods, completed
 from fivefold.training.module import computing_dtype, loss_of, packs, stored_name, write_trained
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.shelf import Shelf
@@ -80,8 +80,10 @@ def run(
     `keeper` makes checkpoints, and resumes from one. `planned` hears the plan with its number of steps.
     """
     train_part, held_part = parts or examples_of(model)
+    model = model.but(train=completed(model.train))
     methods = Methods.of(model.train)
-    adaptation = methods.adaptation or _all_weights()
+    adaptation = methods.adaptation
+    assert adaptation is not None
     lesson = prepared(model, adaptation, methods, max(part.longest for part in (train_part, held_part)))
     optimizer = methods.update.optimizer(model.train) if methods.update else _adamw(adaptation)
     stream = _stream(train_part, lesson.plan, adaptation, optimizer)
@@ -104,14 +106,6 @@ def run(
 
 
 CHECKS = 5
-
-
-def _all_weights() -> Adaptation:
-    from fivefold.recipe import make
-
-    technique = make("full", {})
-    assert isinstance(technique, Adaptation)
-    return technique
 
 
 def _adamw(adaptation: Adaptation) -> Optimizer:
