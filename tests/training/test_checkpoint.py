@@ -48,8 +48,9 @@ class Noisy(Net):
         hooks = more.pop("hooks", Hooks(penalty=penalty, stepped=lambda step: self.seen.add_(0.5 * step),
                                         buffers=lambda: {"seen": self.seen}, listen=listen))
         keeper = Keeper(folder, "the key", every) if folder else None
-        return super().fit(more.pop("told", plan()), 16 if more.get("fused") else 3, held=more.pop("held", "float32"), keeper=keeper, hooks=hooks,
-                           **more)
+        at_once = 16 if more.get("fused") else 3
+        return super().fit(more.pop("told", plan()), at_once, held=more.pop("held", "float32"), keeper=keeper,
+                           hooks=hooks, **more)
 
 
 def ends(net: Net, done: Fitted) -> tuple[Any, ...]:

@@ -89,13 +89,8 @@ class Keeper:
         """The best state, its step and score: of a killed process's, when it got further than its last checkpoint."""
         if self.folder is None:
             return self._best
-        from safetensors import safe_open
-
-        path = self.folder / BEST
-        tensors = _tensors(path)
-        with safe_open(path, "pt") as file:
-            told = file.metadata()
-        return tensors, (int(told["step"]), float(told["score"]))
+        stored = _Stored(self.folder / BEST)
+        return stored, (int(stored.told["step"]), float(stored.told["score"]))
 
 
 @contextmanager
@@ -113,6 +108,28 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 
     with _whole(path):
         return dict(load_file(path))
+
+
+class _Stored(Mapping[str, torch.Tensor]):
+    """The tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self.names, self._open = check_safetensors(path), lambda: safe_open(path, "pt")
+        with self._open() as file:
+            self.told = file.metadata() or {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with self._open() as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def _flat(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -41,6 +41,10 @@ class Room:
     def __init__(self) -> None:
         self.held: dict[str, np.ndarray[Any, Any]] = {}
 
+    def clear(self) -> None:
+        """Give the memory back; no step may be under way."""
+        self.held.clear()
+
     def take(
         self, name: str, shape: Sequence[int], like: torch.Tensor, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
@@ -313,19 +317,22 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tens
     return out
 
 
-def install(module: Any) -> int:
-    """Let the decoder layers of `module` that are known run this way; how many there are."""
+def install(module: Any, rooms: list[Room] | None = None) -> int:
+    """Let the decoder layers of `module` that are known run this way; how many there are. `rooms` receives their rooms,
+    which hold memory until `Room.clear`."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     config = module.config
     if getattr(config, "_attn_implementation", "") != attention.NAME:
         return 0
-    work = Room()
-    taken = 0
+    work, taken = Room(), 0
+    rooms = [] if rooms is None else rooms
+    rooms.append(work)
     for part in module.modules():
         if isinstance(part, LlamaDecoderLayer) and _known(part, config):
             layer = Layer(part, config, work)
             part.forward = _forward(layer, part.forward)
+            rooms.append(layer.kept)
             taken += 1
     return taken
 

@@ -425,6 +425,8 @@ class _Run:
 
     @torch.no_grad()
     def finish(self, stopped: str) -> Fitted:
+        state_bytes = sum(t.nbytes for state in self.states.values() for t in state.values())
+        self.states.clear()
         best = min(self.history, key=lambda pair: pair[1])
         if best != self.history[-1]:
             kept, best = self.keeper.best()
@@ -433,5 +435,5 @@ class _Run:
         return Fitted(
             before=self.before, after=best[1], best_step=best[0], steps=len(self.losses), seconds=self.seconds,
             history=tuple(self.history), losses=tuple(self.losses), stopped=stopped, value=self.value,
-            state_bytes=sum(t.nbytes for state in self.states.values() for t in state.values()),
+            state_bytes=state_bytes,
         )

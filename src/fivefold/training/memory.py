@@ -30,7 +30,7 @@ from fivefold.training.method import Methods, Shapes, model_shapes
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.precision import carry_bytes
 
-SLACK = 0.12
+SLACK = 0.3
 NORMED_HEADS = ("qwen3",)
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "granite", *NORMED_HEADS)
 

@@ -68,6 +68,15 @@ def computing_dtype(wanted: str) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can (glibc keeps what lies between tensors that stay)."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def stored_name(module: Any, stored: Mapping[str, Any], name: str) -> str:
     """The name a parameter has on disk; some checkpoints leave out the name of the base model."""
     for candidate in (name, name.removeprefix(f"{module.base_model_prefix}.")):

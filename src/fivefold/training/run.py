@@ -31,7 +31,7 @@ from fivefold.training.data import Examples
 from fivefold.training.delta import Delta, Sparse, changed
 from fivefold.training.loop import Fitted, Group, Hooks, Micro, Step, fit
 from fivefold.training.method import Adaptation, Lesson, Methods, completed
-from fivefold.training.module import computing_dtype, loss_of, packs, stored_name, write_trained
+from fivefold.training.module import computing_dtype, give_back, loss_of, packs, stored_name, write_trained
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.shelf import Shelf
 from fivefold.weights import StoredTensor, read_tensors
@@ -131,19 +131,12 @@ def prepared(model: Model, adaptation: Adaptation, methods: Methods, longest: in
         parameter.requires_grad_(True)
     if methods.saving:
         methods.saving.install(lesson)
-    lesson.extra["taken"] = {"layer": layer.install(module), **lean.install(module)} if adaptation.lean else {}
+    rooms: list[layer.Room] = []
+    lesson.extra["taken"] = {"layer": layer.install(module, rooms), **lean.install(module)} if adaptation.lean else {}
+    lesson.extra["rooms"] = rooms
     module.train()
     give_back()
     return lesson
-
-
-def give_back() -> None:
-    """Return freed memory to the system, where the C library can (glibc keeps what lies between tensors that stay)."""
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _fused(adaptation: Adaptation, optimizer: Optimizer) -> bool:
@@ -257,6 +250,9 @@ def stored_value(lesson: Lesson, name: str) -> torch.Tensor:
 def _finished(
     model: Model, folder: Path, adaptation: Adaptation, lesson: Lesson, fitted: Fitted
 ) -> Trained:
+    for room in lesson.extra["rooms"]:
+        room.clear()
+    give_back()
     delta = adaptation.result(lesson, fitted.value)
     sparse = _sparse(lesson, delta, hash_folder(model.path)) if delta.sparse else None
     weights = {name: partial(_with, sparse, stored_tensor(lesson, name)) if sparse and name in delta.sparse else make
