@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fivefold.model import Model, TrainPlan
 from fivefold.recipe import Recipe
-from fivefold.training.batching import Batch
 from fivefold.training.data import Example
 from fivefold.training.loop import Fitted, Group, fit, windows
 
@@ -60,13 +59,6 @@ def alone(model: Any, row: Example) -> tuple[torch.Tensor, int]:
     logs = torch.log_softmax(model(tokens, use_cache=False).logits[0].double(), -1)
     learned = torch.from_numpy(row.learn[1:]).nonzero().squeeze(-1)
     return -logs[learned, tokens[0, learned + 1]].sum(), len(learned)
-
-
-def whole_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """The mean loss of a batch by the model's own logits; only for batches without segments."""
-    assert batch.segments is None
-    logits = model(torch.from_numpy(batch.tokens), use_cache=False).logits.float()
-    return F.cross_entropy(logits.flatten(0, 1), torch.from_numpy(batch.targets).flatten(), ignore_index=-100)
 
 
 def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:

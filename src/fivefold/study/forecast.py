@@ -30,7 +30,7 @@ from fivefold.training.data import Examples
 from fivefold.training.memory import Needs, needs
 from fivefold.training.method import Adaptation, FineTuning, Methods, completed
 
-ORDER = ("lora", "lora + checkpoint_activations", "full", "full + adamw8bit", "full + badam", "qlora", "mezo")
+ORDER = ("lora", "lora + checkpoint_activations", "full", "adamw8bit", "badam", "qlora", "mezo")
 REACHED = 0.45
 """Share of the machine's rate of large products that training reaches here, all work counted."""
 LEAST_STEPS = 10
