@@ -21,6 +21,7 @@ app = typer.Typer(
 
 ModelName = Annotated[str, typer.Argument(help="Hugging Face folder, GGUF file, artifact folder or bundled name.")]
 StudyFolder = Annotated[Path, typer.Argument(help="Folder of a study, as given to optimize --out.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a study or of a training run: its --out.")]
 BudgetText = Annotated[str, typer.Option("--budget", help='Limits on the result: "memory<=260MB, agreement>=0.85".')]
 Objectives = Annotated[str, typer.Option("--minimize", help="Metrics to improve and trade off, comma-separated.")]
 AllowanceText = Annotated[str, typer.Option("--allowance", help='Limits on the search: "8min", "1h, 50Wh, 4GB".')]
@@ -80,21 +81,27 @@ def plan(
 @app.command()
 def train(
     model: ModelName,
-    data: Annotated[Path, typer.Option("--data", help="Rows to learn: .jsonl (messages, prompt/completion) or .csv.")],
+    data: Annotated[Path, typer.Option("--data", help="Rows to learn, .jsonl or .csv; see above.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command goes on with it.")],
-    budget: Annotated[str, typer.Option("--budget", help='"memory<=2GB, time<=20min", also energy and money.')] = "",
-    recipe: Annotated[str, typer.Option("--recipe", help="The way, such as lora(rank=8); else one is chosen.")] = "",
+    budget: Annotated[str, typer.Option("--budget", help='Limits on the run: "memory<=2GB, time<=20min, energy<=5Wh,'
+                                                         ' money<=$0.1".')] = "",
+    recipe: Annotated[str, typer.Option("--recipe", help='The way, such as "lora(rank=8)"; else one is chosen.')] = "",
     task: Annotated[str, typer.Option("--task", help="accuracy (of the labels), or a set such as sst2.")] = "",
-    test: Annotated[str, typer.Option("--test", help="Rows to judge by, instead of a held-out part.")] = "",
+    test: Annotated[str, typer.Option("--test", help="File of rows to judge by, instead of a held-out part.")] = "",
     template: Annotated[str, typer.Option("--template", help='How a label is asked for: "{text}\\nLabel:".')] = "",
-    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Rounds over the examples.")] = 1.0,
+    epochs: Annotated[float, typer.Option("--epochs", min=0.001, help="Rounds over the rows.")] = 1.0,
     steps: Annotated[int, typer.Option("--steps", min=0, help="Steps, instead of rounds.")] = 0,
-    tokens_per_step: Annotated[int, typer.Option("--tokens-per-step", min=32)] = 1024,
-    patience: Annotated[int, typer.Option("--patience", min=0, help="Stop after so many checks without gain.")] = 0,
+    tokens_per_step: Annotated[int, typer.Option("--tokens-per-step", min=32, help="Tokens of a step.")] = 1024,
+    patience: Annotated[int, typer.Option("--patience", min=0, help="End after so many checks (of 5) in vain.")] = 0,
     items: Annotated[int, typer.Option("--items", min=2, help="Rows to judge by, at most.")] = 200,
-    seed: Seed = 0, country: Country = "world",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of rows and of what is drawn.")] = 0,
 ) -> None:
-    """Fine-tune on your examples within a budget of memory, time, energy or money."""
+    """Fine-tune on your rows within a budget of memory, time, energy or money.
+
+    A row is {"messages": [...]}, {"prompt": ..., "completion": ...} or {"text": ..., "label": ...}, one JSON object a
+    line; or a CSV has the columns text and label. The loss is on answers only. Every way of fine-tuning is forecast
+    first, and one that fits is trained. The result, OUT/model, is a model like any other.
+    """
     from fivefold import display, verbs
 
     try:
@@ -102,7 +109,7 @@ def train(
             done = verbs.train(
                 model, data=data, out=out, budget=budget, recipe=recipe, task=task, test=test,
                 template=template.replace("\\n", "\n"), epochs=epochs, steps=steps, tokens_per_step=tokens_per_step,
-                patience=patience, items=items, seed=seed, country=country, events=live,
+                patience=patience, items=items, seed=seed, events=live,
             )
     except KeyboardInterrupt:
         print("\nfivefold: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -145,11 +152,12 @@ def compare(
 
 @app.command()
 def ship(
-    study: StudyFolder, to: Annotated[Path, typer.Option("--to", help="New folder for the shipped model.")],
+    study: RunFolder, to: Annotated[Path, typer.Option("--to", help="New folder for the shipped model.")],
     budget: BudgetText = "",
     trial: Annotated[int | None, typer.Option("--trial", help="Ship this trial instead of the recommendation.")] = None,
 ) -> None:
-    """Copy the chosen artifact, measure the copy again, write its card; refuses if it departs from its trial."""
+    """Copy the chosen artifact, or the model of a training run, measure the copy again, write its card; refuses if it
+    departs."""
     from fivefold import display, verbs
 
     display.shipped(verbs.ship(study, to=to, budget=budget, trial=trial))

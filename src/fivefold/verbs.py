@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fivefold.errors import RecipeError
+from fivefold.errors import RecipeError, UserError
 from fivefold.quantity import Measurement, Quantity
 from fivefold.space import Dimension, dimensions, nearest
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from fivefold.study.compare import Comparison
     from fivefold.study.explain import Explanation
     from fivefold.study.plan import Plan
+    from fivefold.study.request import Finished
     from fivefold.study.ship import Shipped
     from fivefold.study.study import Study
-    from fivefold.study.train import Finished
     from fivefold.study.trial import Trial
     from fivefold.tasks.choice import ChoiceSet
     from fivefold.tokenizer import Tokenizer
@@ -110,24 +110,25 @@ class Picked:
 def train(
     model: str | Path, *, data: str | Path, out: str | Path, budget: str = "", recipe: str = "", task: str = "",
     test: str | Path = "", template: str = "", epochs: float = 1.0, steps: int = 0, tokens_per_step: int = 1024,
-    patience: int = 0, items: int = 200, seed: int = 0, country: str = "world",
-    events: Callable[[Any], None] | None = None,
+    patience: int = 0, items: int = 200, seed: int = 0, events: Callable[[Any], None] | None = None,
 ) -> Finished:
     """Fine-tune on a file of examples within a budget ("memory<=2GB, time<=20min"), or go on with the run in `out`.
 
     `recipe` names the way (`lora(rank=8)`); without one, the ways are forecast and one that fits is chosen. `task`
     "accuracy" judges labelled rows, or names a set (sst2); `test` is a file of rows to judge by instead of the held-out
-    ones. `epochs` or `steps` is how long. Raises Infeasible when no way fits, Busy, DataError, NotFinite, OutOfMemory.
+    ones, `items` of them. `epochs` or `steps` is how long, unless `patience` checks of the held-out rows bring nothing.
+    Limits hold for training and judging together. Raises Infeasible when no way fits, Busy, DataError, NotFinite,
+    OutOfMemory.
     """
     from fivefold.budget import TrainingBudget
     from fivefold.model import TrainPlan, load
-    from fivefold.study.train import Request
+    from fivefold.study.request import Request
     from fivefold.study.train import train as trained
 
     request = Request(
         model=load(model), data=Path(data), out=Path(out), budget=TrainingBudget.parse(budget), recipe=recipe,
         task=task, test=Path(test) if test else None, template=template or TrainPlan.template, epochs=epochs,
-        steps=steps, tokens_per_step=tokens_per_step, patience=patience, items=items, seed=seed, country=country,
+        steps=steps, tokens_per_step=tokens_per_step, patience=patience, items=items, seed=seed,
     )
     return trained(request, events or (lambda event: None))
 
@@ -223,8 +224,15 @@ def compare(
 
 
 def ship(study: str | Path, *, to: str | Path, budget: str = "", trial: int | None = None) -> Shipped:
-    """Copy the recommended (or given) trial's artifact to `to`, measured again. Raises Departure and leaves nothing."""
+    """Copy the recommended (or given) trial's artifact of a study, or the model of a training run, to `to`, measured
+    again. Raises Departure and leaves nothing."""
     from fivefold.study.ship import ship_trial
+    from fivefold.study.ship_trained import is_run, ship_run
+
+    if is_run(Path(study)):
+        if budget or trial is not None:
+            raise UserError(f"{study} is a training run, which has one model; leave --budget and --trial out")
+        return ship_run(Path(study), Path(to))
 
     return ship_trial(Path(study), Path(to), budget=budget, number=trial)
 

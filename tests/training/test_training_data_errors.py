@@ -23,7 +23,7 @@ GOOD = '{"text": "x", "label": "a"}\n'
 
 def test_rows_nested_as_deeply_as_json_allows(file: Write) -> None:
     ends = set()
-    for depth in range(400, 1400):
+    for depth in range(400, 1400, 7):
         try:
             file('{"messages": [{"role": "assistant", "content": "a", "x": %s}]}' % ("[" * depth + "]" * depth))
             ends.add("read")
@@ -86,7 +86,7 @@ def test_a_limit_reads_no_further(file: Write) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path, bytewise: Tokenizer) -> None:
     for path, needle in ((tmp_path / "absent.jsonl", "No such file"), (tmp_path, "is not a file"),
-                         (Path("/dev/zero"), "is not a file")):
+                         (Path("/dev/null"), "is not a file")):
         with pytest.raises(DataError) as caught:
             read(path, bytewise, 256)
         assert needle in sentence(caught.value)

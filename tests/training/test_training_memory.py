@@ -17,9 +17,9 @@ from fivefold.training.batching import Stream
 from fivefold.training.checkpoint import STATE, Keeper
 from fivefold.training.cross_entropy import CHUNK, TOGETHER
 from fivefold.training.memory import SLACK, Needs, needs
-from fivefold.training.method import Methods
+from fivefold.training.method import Methods, completed
 from fivefold.training.module import loss_of
-from fivefold.training.run import _all_weights, examples_of, prepared, run
+from fivefold.training.run import examples_of, prepared, run
 from fivefold.weights import check_safetensors
 
 KINDS = [(family, tied, recipe, dtype) for family, tied in (("llama", True), ("llama", False), ("qwen2", True),
@@ -28,8 +28,9 @@ KINDS = [(family, tied, recipe, dtype) for family, tied in (("llama", True), ("l
 
 
 def predicted(model: Model, **more: Any) -> Needs:
-    methods = Methods.of(model.train)
-    adaptation = methods.adaptation or _all_weights()
+    methods = Methods.of(completed(model.train))
+    adaptation = methods.adaptation
+    assert adaptation is not None
     optimizer = methods.update.optimizer(model.train) if methods.update else adaptation.default_optimizer()
     return needs(
         model.blueprint, model.train, methods, element=2 if model.train.dtype == "bfloat16" else 4, process=0.0,

@@ -99,7 +99,7 @@ def comparison(compared: Any) -> None:
 def shipped(done: Any) -> None:
     """A `study.ship.Shipped`."""
     out = console()
-    grid = table("metric", "trial", "shipped copy", "")
+    grid = table("metric", done.held_against, "shipped copy", "")
     for name, (before, after, verdict) in done.rows.items():
         grid.add_row(name, number(before), number(after), verdict)
     out.print(grid)

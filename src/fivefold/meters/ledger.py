@@ -84,24 +84,25 @@ class metered:
         self._energy.__enter__()
         return self
 
-    def so_far(self) -> tuple[Quantity, Quantity]:
-        """(J, USD) since the window opened."""
-        joules = self._energy.so_far()
-        seconds = _measured(time.perf_counter() - self._start, "s")
-        return joules, money.cost(self.prices, self.machine, seconds=seconds, joules=joules)
+    def so_far(self) -> Cost:
+        """What it cost since the window opened."""
+        peak = Quantity(value=self._memory.so_far(), unit="byte", method="measured")
+        return self._since(self._energy.so_far(), peak)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self._energy.__exit__(kind, error, trace)
         self._memory.__exit__(kind, error, trace)
+        self._cost = self._since(self._energy.energy, self._memory.peak)
+
+    def _since(self, joules: Quantity, peak: Quantity) -> Cost:
         seconds = _measured(time.perf_counter() - self._start, "s")
-        joules = self._energy.energy
-        self._cost = Cost(
+        return Cost(
             seconds=seconds, cpu_seconds=_measured(self._energy.cpu_seconds, "s"), energy=joules,
             money=money.cost(self.prices, self.machine, seconds=seconds, joules=joules),
             disk=_since(self._disk, _written(), "this system does not count bytes written"),
             network=_since(self._network, _network(), "this system does not count network bytes"),
-            memory=self._memory.peak,
+            memory=peak,
         )
 
 

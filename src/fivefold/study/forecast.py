@@ -1,12 +1,13 @@
 """What each way of fine-tuning would take on this machine, before any of it is run, and which one to use.
 
-    memory    by the formula of `training.memory`
+    memory    by the formula of `training.memory`; that of its serving engine afterwards, where it is judged
     time      2 x parameters x positions x passes / (rate x REACHED): one pass forward, one back to the inputs, one to
-              the weights where they are trained; the head only for the positions that are learned
+              the weights where they are trained; the head only for the positions that are learned; then the judging
     energy    the power model at all cores busy x time;  money: machine hours and electricity of that
 
-A way that does not fit is refused with the part that is too large. Among those that fit, the choice follows `ORDER`,
-which is a measured one: docs/benchmarks.md says what each reached on the same examples.
+A way that does not fit is refused with the part that is too large. Limits on time, energy and money shorten a run, but
+not below `LEAST_STEPS`. Among those that fit, the choice follows `ORDER`, which is a measured one: docs/benchmarks.md
+says what each reached on the same examples.
 """
 
 from __future__ import annotations
@@ -14,25 +15,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from fivefold.budget import TrainingBudget
 from fivefold.errors import Infeasible, UserError
-from fivefold.machine import Machine
-from fivefold.meters import money
-from fivefold.meters.energy import PowerModel
-from fivefold.meters.money import Prices
 from fivefold.metrics import show
-from fivefold.model import Model, TrainPlan
-from fivefold.quantity import Quantity
+from fivefold.model import Blueprint, TrainPlan
 from fivefold.recipe import Recipe, catalogue
-from fivefold.training.batching import Stream
-from fivefold.training.data import Examples
+from fivefold.study.surroundings import REACHED, UNITS, Steps, Surroundings
 from fivefold.training.memory import Needs, needs
 from fivefold.training.method import Adaptation, FineTuning, Methods, completed
+from fivefold.training.optimizer import Optimizer
 
 ORDER = ("lora", "lora + checkpoint_activations", "full", "adamw8bit", "badam", "qlora", "mezo")
-REACHED = 0.45
-"""Share of the machine's rate of large products that training reaches here, all work counted."""
 LEAST_STEPS = 10
 SIZES = (1024, 512, 256)
 """Positions that pass the model together, the largest that fits being used."""
@@ -40,110 +35,128 @@ SIZES = (1024, 512, 256)
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """One way, with its plan; `why_not` is empty when it fits. seconds, J, USD for the whole run."""
+    """One way, with its plan; `why_not` is empty when it fits. seconds, J, USD are of the whole run, judging included;
+    `judging` are the bytes that takes. `refused`: by the model, or by which limit."""
 
     recipe: Recipe
     plan: TrainPlan
     needs: Needs | None
+    judging: float = 0.0
+    per_step: float = math.nan
     seconds: float = math.nan
     joules: float = math.nan
     usd: float = math.nan
     trained: int = 0
     why_not: str = ""
+    refused: Literal["", "model", "memory", "time", "energy", "money"] = ""
 
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What a forecast depends on besides the recipe. `process` is the bytes this process already holds."""
-
-    model: Model
-    examples: Examples
-    budget: TrainingBudget
-    machine: Machine
-    prices: Prices
-    process: float
-    element: int
-
-    def watts(self) -> float:
-        power = PowerModel.of(self.machine)
-        return power.active * self.machine.cores
-
-    def usd(self, seconds: float, joules: float) -> float:
-        spent = money.cost(self.prices, self.machine, seconds=Quantity(value=seconds, unit="s", method="modelled"),
-                           joules=Quantity(value=joules, unit="J", method="modelled"))
-        return float(spent.value or 0.0)
-
-    def seconds_allowed(self) -> float:
-        """The time limit, or the time in which the energy or the money is used up; inf without a limit."""
-        limits = [self.budget.time]
-        if self.budget.energy is not None:
-            limits.append(self.budget.energy / self.watts())
-        if self.budget.money is not None:
-            limits.append(self.budget.money / self.usd(1.0, self.watts()))
-        return min((limit for limit in limits if limit is not None), default=math.inf)
+    @property
+    def most(self) -> float:
+        """Bytes at the peak, of training or of judging."""
+        return max(self.needs.peak if self.needs else math.inf, self.judging)
 
 
 def forecast(recipe: Recipe, around: Surroundings) -> Forecast:
     """What the recipe would take, at the largest batch that fits. Never raises for what does not fit."""
     try:
-        plan = completed(recipe.plan(around.model).train)
+        planned = recipe.plan(around.model)
+        plan = completed(planned.train)
+        _room(recipe, planned.blueprint, around)
     except UserError as error:
-        return Forecast(recipe=recipe, plan=around.model.train, needs=None, why_not=str(error))
+        return Forecast(recipe=recipe, plan=around.model.train, needs=None, why_not=str(error), refused="model")
     methods = Methods.of(plan)
     adaptation = methods.adaptation
     assert adaptation is not None
-    fused = adaptation.fused
-    sizes = [plan.tokens_per_step] if fused else [s for s in SIZES if s <= max(plan.tokens_per_step, SIZES[-1])]
-    tried = [_at(recipe, replace(plan, at_once=size), methods, adaptation, around) for size in sizes]
-    return next((f for f in tried if not f.why_not), tried[-1])
-
-
-def _at(recipe: Recipe, plan: TrainPlan, methods: Methods, adaptation: Adaptation, around: Surroundings) -> Forecast:
-    blueprint = around.model.blueprint
-    stream = Stream(around.examples.rows, plan.tokens_per_step, plan.at_once, plan.seed, plan.layout)
-    plan = replace(plan, at_once=max(plan.at_once, stream.length))
     optimizer = methods.update.optimizer(plan) if methods.update else adaptation.default_optimizer()
-    kept = methods.saving.kept_layers(blueprint) if methods.saving else None
+    fused = adaptation.fused and optimizer.needs_gradients
+    sizes = [plan.tokens_per_step] if fused else [s for s in SIZES if s <= max(plan.tokens_per_step, SIZES[-1])]
+    tried: list[Forecast] = []
+    for size in sizes:
+        tried.append(_at(recipe, replace(plan, at_once=size), methods, adaptation, optimizer, around))
+        if tried[-1].refused != "memory":
+            break
+    return tried[-1]
+
+
+def _room(recipe: Recipe, blueprint: Blueprint, around: Surroundings) -> None:
+    """Raises UserError where a technique takes so much of the context that an example no longer fits."""
+    long = max(around.examples.rows, key=lambda row: len(row.tokens))
+    most = max(len(long.tokens), around.exam.longest)
+    if most > blueprint.context:
+        raise UserError(f"{recipe} leaves {blueprint.context} places of the context and the longest example has {most}"
+                        " tokens; shorten it, or choose another way")
+
+
+def _at(
+    recipe: Recipe, plan: TrainPlan, methods: Methods, adaptation: Adaptation, optimizer: Optimizer,
+    around: Surroundings,
+) -> Forecast:
+    blueprint, stream = around.model.blueprint, around.stream(plan)
+    plan = replace(plan, at_once=max(plan.at_once, stream.length))
+    steps = Steps.of(stream, plan.at_once)
+    shapes = adaptation.shapes(blueprint)
+    held = around.process(adaptation.libraries)
     need = needs(
-        blueprint, plan, methods, element=around.element, process=around.process, optimizer=optimizer,
-        fused=adaptation.fused and optimizer.needs_gradients, kept_layers=kept, whole=adaptation.whole,
-        shapes=adaptation.shapes(blueprint),
+        blueprint, plan, methods, element=around.element, process=held.peak, optimizer=optimizer,
+        fused=adaptation.fused and optimizer.needs_gradients, whole=adaptation.whole, shapes=shapes,
+        kept_layers=methods.saving.kept_layers(blueprint) if methods.saving else None, stored=around.stored,
+        same=around.same, learned=steps.learned_at_once, entered=held.entered,
     )
-    per_step = _seconds_per_step(plan, methods, adaptation, around)
-    steps = plan.steps or max(1, math.ceil(plan.epochs * len(stream.epoch(0))))
-    allowed = around.seconds_allowed()
-    steps = min(steps, int(allowed / per_step)) if math.isfinite(allowed) else steps
-    seconds = steps * per_step
-    joules = seconds * around.watts()
-    limit = around.budget.memory
-    why = ""
-    if limit is not None and need.peak > limit:
-        why = f"needs {show(need.peak, 'byte')} of memory; the largest part is {_largest(need)}"
-    elif steps < LEAST_STEPS and math.isfinite(allowed):
-        why = f"a step takes about {per_step:.1f} s, so {show(allowed, 's')} allow only {steps} steps"
-    return Forecast(
-        recipe=recipe, plan=replace(plan, seconds=allowed if math.isfinite(allowed) else 0.0), needs=need,
-        seconds=seconds, joules=joules, usd=around.usd(seconds, joules), why_not=why,
-        trained=sum(math.prod(shape) for shape in adaptation.shapes(blueprint).values()),
+    per_step = seconds_per_step(steps, stream.length, methods, adaptation, around)
+    wanted = plan.steps or max(1, math.ceil(plan.epochs * steps.number))
+    limit, judging = around.allowed()[0], around.judging_seconds()
+    training = max(0.0, limit - judging)
+    done = min(wanted, int(training / per_step)) if math.isfinite(training) else wanted
+    spent = around.spent(done * per_step + judging)
+    found = Forecast(
+        recipe=recipe, plan=replace(plan, seconds=training if math.isfinite(training) else 0.0), needs=need,
+        judging=around.judging_bytes(held.peak), per_step=per_step, seconds=spent["time"], joules=spent["energy"],
+        usd=spent["money"], trained=sum(math.prod(shape) for shape in shapes.values()),
     )
+    return _refused(found, min(LEAST_STEPS, wanted), done, around)
 
 
-def _seconds_per_step(plan: TrainPlan, methods: Methods, adaptation: Adaptation, around: Surroundings) -> float:
-    blueprint = around.model.blueprint
+def seconds_per_step(
+    steps: Steps, length: int, methods: Methods, adaptation: Adaptation, around: Surroundings
+) -> float:
+    """`length` is that of a row: on average half of it is attended."""
+    b = around.model.blueprint
     passes = adaptation.passes if methods.update is None or methods.update.passes is None else methods.update.passes
     if methods.saving is not None:
-        passes += 1 - methods.saving.kept_layers(blueprint) / blueprint.layers
-    head = blueprint.vocab * blueprint.width
-    learned = sum(int(row.learn.sum()) for row in around.examples.rows) / max(1, around.examples.tokens)
-    flops = 2.0 * plan.tokens_per_step * passes * (blueprint.matrix_parameters - head + learned * head)
-    rate = around.machine.gemm("bfloat16" if around.element == 2 else "float32").value or 1e11
-    return flops / (REACHED * rate)
+        passes += 1 - methods.saving.kept_layers(b) / b.layers
+    head = b.vocab * b.width
+    layers = steps.positions * (2.0 * (b.matrix_parameters - head) + 2 * b.layers * b.heads * b.head_dim * length)
+    return passes * (layers + 2.0 * steps.learned * head) / (REACHED * around.rate(around.dtype))
+
+
+def _refused(found: Forecast, least: int, steps: int, around: Surroundings) -> Forecast:
+    """The forecast with the first limit it breaks; `least` steps must be possible."""
+    assert found.needs is not None
+    memory = around.budget.memory
+    if memory is not None and found.needs.peak > memory:
+        why = f"needs {show(found.needs.peak, 'byte')} of memory; the largest part is {_largest(found.needs)}"
+        return replace(found, refused="memory", why_not=why)
+    if memory is not None and found.judging > memory:
+        why = f"fits, but judging the model where it is served needs {show(found.judging, 'byte')} of memory"
+        return replace(found, refused="memory", why_not=why)
+    name = around.allowed()[1]
+    if steps >= least or not name:
+        return found
+    needed = around.spent(around.judging_seconds() + least * found.per_step)[name]
+    why = f"takes {show(needed, UNITS[name])} for {_count(least)}, judging included"
+    return replace(found, refused=name, why_not=why)  # type: ignore[arg-type]
+
+
+def _count(steps: int) -> str:
+    return "one step" if steps == 1 else f"{steps} steps"
 
 
 def _largest(need: Needs) -> str:
-    parts = {"the process itself": need.process, "weights": need.weights + need.beside, "gradients": need.gradients,
-             "optimiser state": need.state, "activations": need.activations, "the head's logits": need.head,
-             "reading the weights": need.loading - need.process}
+    parts = {"the process itself": need.process, "the weights": need.weights + need.beside,
+             "gradients": need.gradients + need.waiting, "optimiser state": need.state, "activations": need.activations,
+             "the head's logits": need.head}
+    if need.loading >= need.peak:
+        parts = {"the process itself": need.process, "reading the weights": need.loading - need.process}
     name = max(parts, key=lambda k: parts[k])
     return f"{name} ({show(parts[name], 'byte')})"
 
@@ -177,12 +190,26 @@ def choose(found: Sequence[Forecast], budget: TrainingBudget) -> Forecast:
     fitting = [f for f in found if not f.why_not]
     if fitting:
         return fitting[0]
-    known = [f for f in found if f.needs is not None]
+    known = [f for f in found if f.refused != "model"]
     if not known:
         raise UserError(found[0].why_not)
-    near = min(known, key=lambda f: f.needs.peak if f.needs else math.inf)
-    assert near.needs is not None
-    if budget.memory is not None and near.needs.peak > budget.memory:
-        raise Infeasible(f"no way of fine-tuning fits {show(budget.memory, 'byte')}; the smallest, {near.recipe},"
-                         f" {near.why_not}: allow {show(math.ceil(near.needs.peak / 1e7) * 1e7, 'byte')}")
-    raise Infeasible(f"{near.recipe}: {near.why_not}; allow more time")
+    alone = len(found) == 1
+    roomy = [f for f in known if f.refused != "memory"]
+    if not roomy:
+        near = min(known, key=lambda f: f.most)
+        what = f"{near.recipe} does not fit" if alone else "no way of fine-tuning fits"
+        which = "it" if alone else f"the smallest, {near.recipe},"
+        raise Infeasible(f"{what} {show(budget.memory, 'byte')}: {which} {near.why_not}; allow"
+                         f" {show(_rounded(near.most), 'byte')}" + (", or leave --recipe out" if alone else ""))
+    near = min(roomy, key=lambda f: f.per_step)
+    name = near.refused
+    what = f"{near.recipe} does not fit" if alone else "no way of fine-tuning fits"
+    which = "it" if alone else f"the fastest, {near.recipe},"
+    raise Infeasible(f"{what} {name}<={show(getattr(budget, name), UNITS[name])}: {which} {near.why_not}; allow more"
+                     f" {name}, or judge by fewer --items")
+
+
+def _rounded(size: float) -> float:
+    """Up to three digits, so that what is advised is enough as it is shown."""
+    unit = 10.0 ** (math.floor(math.log10(size)) - 2)
+    return math.ceil(size / unit) * unit

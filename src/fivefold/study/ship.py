@@ -31,12 +31,13 @@ ROUNDS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Shipped:
-    """`rows`: metric -> (the trial's quantity, the copy's, "same" or the measured ratio)."""
+    """`rows`: metric -> (the quantity it is held against, the copy's, "same" or the measured ratio)."""
 
     folder: Path
     artifact: Artifact
     measurement: Measurement
     rows: Mapping[str, tuple[Quantity, Quantity, str]]
+    held_against: str = "trial"
 
 
 def ship(

@@ -68,15 +68,15 @@ class Keeper:
         out: dict[str, Any] = json.loads(told["run"])
         return out
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    def load(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]] | None:
         """(tensors, numbers) of the last checkpoint, or None. Raises StoreError as `meta` does."""
         meta = self.meta()
         if meta is None:
             return None
         assert self.folder is not None
         self._saved = float(meta["seconds"])
-        with _whole(self.folder / BEST):
-            return _tensors(self.folder / STATE), meta
+        with _whole(self.folder / BEST), _whole(self.folder / STATE):
+            return _Stored(self.folder / STATE), meta
 
     def keep_best(self, tensors: Mapping[str, torch.Tensor], step: int, score: float) -> None:
         if self.folder is None:
@@ -101,13 +101,6 @@ def _whole(path: Path) -> Iterator[None]:
     except (ModelError, OSError, SafetensorError) as error:
         why, first = str(error).partition(";")[0], path.with_name(STATE)
         raise StoreError(f"{path} is missing or damaged ({why}); remove {first} to train again") from None
-
-
-def _tensors(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    with _whole(path):
-        return dict(load_file(path))
 
 
 class _Stored(Mapping[str, torch.Tensor]):

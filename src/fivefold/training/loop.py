@@ -40,13 +40,15 @@ from fivefold.errors import NotFinite, StoreError
 from fivefold.model import TrainPlan
 from fivefold.training.adamw import AdamW
 from fivefold.training.checkpoint import Keeper
-from fivefold.training.optimizer import Optimizer
+from fivefold.training.optimizer import Optimizer, pieces
 from fivefold.training.precision import Dice, Held, State, carry, read, write
 from fivefold.training.shelf import Shelf
 
 Tokens = NDArray[np.int64]
 Micro = Sequence[tuple[Any, float]]
 LARGEST_NORM = 1.0
+NORMED = 1 << 20
+"""Numbers of a gradient whose norm is taken at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +85,8 @@ class Hooks:
     anew: Callable[[Callable[[str], torch.Tensor]], Iterable[str]] = lambda value: ()
     """Called there with `Fitted.value`; the parameters it names return to the value they began the run with."""
     listen: Callable[[Step], None] = lambda step: None
+    enough: Callable[[], str] = lambda: ""
+    """Asked before each step of the last phase: why the run is to end there, "" when it goes on."""
     shelf: Shelf = field(default_factory=Shelf)
     """Where optimiser states, and what lies beside weights, are kept."""
 
@@ -167,6 +171,12 @@ def _through(
     return run.finish(stopped)
 
 
+def norm_of(gradient: torch.Tensor) -> float:
+    """In float32, a part at a time: a copy of the whole would be as large as two gradients in bfloat16."""
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float32))
+                        for part in gradient.reshape(-1).split(NORMED)))
+
+
 def _diverged(what: str, reached: float, step: int) -> NotFinite:
     return NotFinite(f"the {what} became {reached} at step {step}; lower the learning rate and run again")
 
@@ -220,8 +230,9 @@ class _Run:
     def _put_back(self, name: str) -> None:
         """The value the parameter began the run with."""
         assert self.exact is not None, f"it is not known what {name} began with"
-        with self._flat(name) as near:
-            write(self.parameters[name].data.view(-1), self.exact(name).reshape(-1).clone(), near, None)
+        with self.hooks.shelf.lend(self.beside[name]) as state:
+            for weight, value, _, near in pieces(self.parameters[name].data, self.exact(name), (), state):
+                write(weight, value.clone(), near, None)
 
     def phase(self, number: int) -> tuple[int, int]:
         """The 0-based steps from and before which the phase of step `number` runs."""
@@ -236,6 +247,8 @@ class _Run:
         """Why the run ends after `done` steps, before the last; "" when it goes on."""
         if not self.last_phase(done):
             return ""
+        if reason := self.hooks.enough():
+            return reason
         if patience and self.checks_without_gain >= patience:
             return f"no better held-out score in {patience} checks"
         return f"the time of {self.plan.seconds:.0f} s is used up" if 0 < self.plan.seconds < self.seconds else ""
@@ -324,7 +337,7 @@ class _Run:
         parameter = self.parameters[name]
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        own = float(torch.linalg.vector_norm(gradient, dtype=torch.float32))
+        own = norm_of(gradient)
         self._squares += own**2
         if self._probing:
             return
@@ -334,8 +347,7 @@ class _Run:
 
     def _update_all(self) -> None:
         present = {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in present.values()]
-        self._measured(float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0)
+        self._measured(math.hypot(*map(norm_of, present.values())))
         for name, gradient in present.items():
             if self.norm > LARGEST_NORM:
                 gradient.mul_(LARGEST_NORM / self.norm)
@@ -426,7 +438,7 @@ class _Run:
     @torch.no_grad()
     def finish(self, stopped: str) -> Fitted:
         state_bytes = sum(t.nbytes for state in self.states.values() for t in state.values())
-        self.states.clear()
+        self.states = {}
         best = min(self.history, key=lambda pair: pair[1])
         if best != self.history[-1]:
             kept, best = self.keeper.best()

@@ -2,7 +2,7 @@
 
     peak = process + max(weights + beside + gradients + optimiser state + activations + head, loading)
 
-    process       what the interpreter and its libraries hold when training begins: read, not guessed
+    process       what the interpreter and its libraries hold: read when training begins, what is added rehearsed
     weights       2 bytes per number in bfloat16, 4 in float32
     beside        of each trained number held as `split` or `kahan`: 2 bytes
     gradients     of all trained numbers, or of the largest tensor when the update is fused into the backward pass
@@ -12,7 +12,9 @@
                                                         feed-forward; h + k more where heads are normed
                       plain    about 12 d + 3 h + 3 k + 5 f  (layers of a family that `lean` does not know)
                   checkpointed layers, the first ones, keep d; by the time one is made again those after it are gone
-    loading       weights and, mapped while they are converted, the files they come from
+    waiting       the gradient of a head that is the embedding too, until the embedding's own is added to it
+    loading       weights and, mapped while they are converted, the files they come from; then the stored float32 of one
+                  tensor after the other, for what lies beside
     head          the logits of one chunk in float32 and what is made of them; the gradient of a trained head
 
 Whatever the allocator leaves unused between tensors is counted as `SLACK` of the sum (glibc, measured on runs of 0.9 to
@@ -47,6 +49,7 @@ class Needs:
     activations: float
     head: float
     loading: float = 0.0
+    waiting: float = 0.0
 
     @property
     def slack(self) -> float:
@@ -61,10 +64,14 @@ class Needs:
 def needs(
     blueprint: Blueprint, plan: TrainPlan, methods: Methods, *, element: int, process: float, optimizer: Optimizer,
     fused: bool, kept_layers: float | None = None, whole: bool = True, shapes: Shapes | None = None,
+    stored: int = 4, same: bool = False, learned: int | None = None, entered: float | None = None,
 ) -> Needs:
     """`element` is the bytes of a weight as computed with; `kept_layers` the layers whose activations are all kept.
 
-    `whole`: the model's own matrices are trained; `shapes` of what is trained (default: all of them).
+    `whole`: the model's own matrices are trained; `shapes` of what is trained (default: all of them). The files hold
+    `stored` bytes per number, in the `same` type that is computed with or another. `learned` targets, at most, pass
+    the head together (default: all positions). `entered` is what the process holds when weights are read (default:
+    `process`; some of that is taken by the first steps).
     """
     trained = shapes if shapes is not None else model_shapes(blueprint)
     sizes = {name: math.prod(shape) for name, shape in trained.items()}
@@ -79,6 +86,10 @@ def needs(
     gradients = 0.0
     if optimizer.needs_gradients:
         gradients = float(width * (largest if fused else sum(sizes[name] for name in live)))
+    beside = float(resident([held * size for size in sizes.values()]))
+    exact = beside + (4 + stored) * largest if held else 0.0
+    files = adaptation.mapped(blueprint, stored, same) if adaptation else float(stored * blueprint.parameters)
+    twice = blueprint.tied and whole and "embedding" in live and optimizer.needs_gradients
     layers = blueprint.layers if kept_layers is None else kept_layers
     more = adaptation.kept(blueprint) if adaptation else 0.0
     per_layer = float(element * plan.at_once * (layer_elements(blueprint) + more))
@@ -88,12 +99,13 @@ def needs(
     if not optimizer.needs_gradients:
         kept = 2 * per_layer
     return Needs(
-        loading=process + weights + (adaptation.mapped(blueprint) if adaptation else 4.0 * blueprint.parameters),
-        process=process,
+        loading=(process if entered is None else entered) + weights + max(files, exact), process=process,
+        waiting=float(width * sizes["embedding"]) if twice else 0.0,
         weights=weights + (0 if whole else 4.0 * sum(sizes.values())),
-        beside=float(resident([held * size for size in sizes.values()])), gradients=gradients,
+        beside=beside, gradients=gradients,
         state=float(resident([optimizer.state_bytes(shape) for shape in live.values()])), activations=kept,
-        head=_head(blueprint, plan, element, whole and "embedding" in trained and optimizer.needs_gradients),
+        head=_head(blueprint, min(plan.at_once, learned or plan.at_once), element,
+                   whole and "embedding" in trained and optimizer.needs_gradients),
     )
 
 
@@ -107,7 +119,7 @@ def layer_elements(blueprint: Blueprint) -> float:
     return 12.0 * b.width + 3 * heads + 3 * keys + 5 * b.ffn
 
 
-def _head(blueprint: Blueprint, plan: TrainPlan, element: int, trained: bool) -> float:
-    chunk = min(CHUNK, plan.at_once) * blueprint.vocab * (2 * element + 8)
-    kept = min(TOGETHER, plan.at_once) * blueprint.vocab * element if trained else 0
+def _head(blueprint: Blueprint, learned: int, element: int, trained: bool) -> float:
+    chunk = min(CHUNK, learned) * blueprint.vocab * (2 * element + 8)
+    kept = min(TOGETHER, learned) * blueprint.vocab * element if trained else 0
     return float(chunk + kept)

@@ -104,6 +104,8 @@ class Adaptation(FineTuning):
     """True: a parameter may be updated as soon as its gradient is complete (no hook needs all gradients)."""
     lean: ClassVar[bool] = True
     """False: the layers must stay as they are (a method that wraps or replaces them)."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Packages it imports that training with other adaptations does not: a process is larger by them."""
     masks: ClassVar[bool] = False
     """True: it changes gradients, and numbers whose gradient it makes zero must stay as they are."""
 
@@ -115,9 +117,10 @@ class Adaptation(FineTuning):
         """Bytes of the weights that are computed with; `element` per number."""
         return float(element * sum(math.prod(shape) for shape in model_shapes(blueprint).values()))
 
-    def mapped(self, blueprint: Blueprint) -> float:
-        """Bytes of the files that are mapped at once while the weights are made of them."""
-        return 4.0 * blueprint.parameters
+    def mapped(self, blueprint: Blueprint, stored: int = 4, same: bool = False) -> float:
+        """Bytes of the files, `stored` per number, that are mapped while the weights are made of them; files that hold
+        the `same` type as is computed with become the weights themselves."""
+        return 0.0 if same else float(stored * blueprint.parameters)
 
     def kept(self, blueprint: Blueprint) -> float:
         """Numbers one layer keeps per position until its backward pass, besides those of `memory.layer_elements`."""

@@ -74,10 +74,12 @@ def train(model: Model) -> Model:
 def run(
     model: Model, folder: Path, *, keeper: Keeper | None = None, listen: Callable[[Step], None] = lambda step: None,
     parts: tuple[Examples, Examples] | None = None, planned: Callable[[TrainPlan], None] = lambda plan: None,
+    enough: Callable[[], str] = lambda: "",
 ) -> Trained:
     """Train `model` by its plan; `folder` receives `trained/` (the weights) and `delta/` (what was learned).
 
-    `keeper` makes checkpoints, and resumes from one. `planned` hears the plan with its number of steps.
+    `keeper` makes checkpoints, and resumes from one. `planned` hears the plan with its number of steps, and `enough`
+    says when to end before the last of them.
     """
     train_part, held_part = parts or examples_of(model)
     model = model.but(train=completed(model.train))
@@ -97,8 +99,8 @@ def run(
     fitted = fit(
         plan, _groups(lesson, adaptation.rates(lesson)), loss, lambda step: _micro(stream.step(step)),
         lambda: _score(lesson.module, loss, held), optimizer=optimizer, held=plan.held,
-        fused=_fused(adaptation, optimizer), patience=plan.patience, hooks=_hooks(adaptation, lesson, listen, shelf),
-        keeper=keeper, exact=lambda name: stored_value(lesson, name), checks=CHECKS,
+        fused=_fused(adaptation, optimizer), patience=plan.patience, keeper=keeper, checks=CHECKS,
+        hooks=_hooks(adaptation, lesson, listen, shelf, enough), exact=lambda name: stored_value(lesson, name),
     )
     for left in ("trained", "delta") if keeper is not None and keeper.lasting else ():  # by a process that was killed
         shutil.rmtree(folder / left, ignore_errors=True)
@@ -161,15 +163,15 @@ def _micro(batches: list[Batch]) -> Micro:
 def _with_steps(
     lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer, begun: int = 0
 ) -> TrainPlan:
-    """The plan with its number of steps: given, or its rounds over the data, or what its time allows of them.
+    """The plan with its number of steps: those given, or its rounds over the data, and what its time allows of them.
 
     A run that was begun keeps the number it was `begun` with: a step may take another time now.
     """
     plan = lesson.plan
-    if begun and not plan.steps:
+    if begun and (plan.seconds or not plan.steps):
         return replace(plan, steps=begun)
     steps = plan.steps or max(1, math.ceil(plan.epochs * len(stream.epoch(0))))
-    if plan.seconds and not plan.steps:
+    if plan.seconds:
         steps = max(1, min(steps, int(plan.seconds / _seconds_per_step(lesson, stream, loss, optimizer))))
     return replace(plan, steps=min(steps, MOST_STEPS))
 
@@ -223,14 +225,15 @@ def _score(module: Any, loss: Callable[[Batch], torch.Tensor], batches: list[Bat
 
 
 def _hooks(
-    adaptation: Adaptation, lesson: Lesson, listen: Callable[[Step], None], shelf: Shelf | None
+    adaptation: Adaptation, lesson: Lesson, listen: Callable[[Step], None], shelf: Shelf | None,
+    enough: Callable[[], str],
 ) -> Hooks:
     return Hooks(
         penalty=lambda step: adaptation.penalty(lesson, step),
         gradients=lambda step: adaptation.gradients(lesson, step),
         stepped=lambda step: adaptation.stepped(lesson, step),
         buffers=lambda: adaptation.buffers(lesson), listen=listen, phases=adaptation.phases(lesson),
-        anew=lambda value: adaptation.anew(lesson, value), shelf=shelf or Shelf(),
+        anew=lambda value: adaptation.anew(lesson, value), shelf=shelf or Shelf(), enough=enough,
     )
 
 

@@ -42,6 +42,7 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 @dataclass(frozen=True, kw_only=True)
 class Adalora(Adaptation):
+    libraries = ("peft",)
     perturbation = 2.0
 
     rank: Annotated[int, Range(1, 512, log=True), Search(4, 16, 64)] = 16

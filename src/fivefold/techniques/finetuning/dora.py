@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Dora(Adaptation):
+    libraries = ("peft",)
     perturbation = 2.0
 
     rank: Annotated[int, Range(1, 512, log=True), Search(4, 16, 64)] = 16

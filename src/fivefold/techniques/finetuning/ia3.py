@@ -38,6 +38,7 @@ PLACES = (("k_proj", "v_proj", "down_proj"), ("c_attn", "mlp.c_proj"))
 
 @dataclass(frozen=True, kw_only=True)
 class Ia3(Adaptation):
+    libraries = ("peft",)
     perturbation = 2.0
 
     rate: Annotated[float, Range(1e-7, 1e-1, log=True), Fixed()] = 3e-3

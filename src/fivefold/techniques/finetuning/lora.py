@@ -41,6 +41,7 @@ BLOCK = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Adaptation):
+    libraries = ("peft",)
     perturbation = 2.0
 
     rank: Annotated[int, Range(1, 512, log=True), Search(4, 16, 64)] = 16

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 class Prefix(Adaptation):
     breaks = Adaptation.breaks | {Trait.PLAIN_GRAPH}
     may_raise = ("quality", "compute", "memory")
+    libraries = ("peft",)
     perturbation = 2.0
 
     tokens: Annotated[int, Range(1, 4096, log=True), Search(8, 32)] = 16

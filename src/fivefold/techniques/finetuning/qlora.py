@@ -40,6 +40,7 @@ PACKAGE = "bitsandbytes"
 
 @dataclass(frozen=True, kw_only=True)
 class Qlora(Adaptation):
+    libraries = ("peft",)
     perturbation = 2.5
 
     rank: Annotated[int, Range(1, 512, log=True), Search(4, 16, 64)] = 16
@@ -78,8 +79,8 @@ class Qlora(Adaptation):
     def kept(self, blueprint: Blueprint) -> float:
         return float(self.rank * len(linear_shapes(blueprint)) / blueprint.layers)
 
-    def mapped(self, blueprint: Blueprint) -> float:
-        return 8.0 * max(prod(shape) for shape in model_shapes(blueprint).values())
+    def mapped(self, blueprint: Blueprint, stored: int = 4, same: bool = False) -> float:
+        return (4.0 + stored) * max(prod(shape) for shape in model_shapes(blueprint).values())
 
     def load(self, model: Model, dtype: torch.dtype) -> Any:
         from fivefold.techniques._shared.nf4 import load_nf4
