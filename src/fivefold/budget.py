@@ -17,7 +17,8 @@ from fivefold.errors import BudgetError
 from fivefold.metrics import METRICS
 from fivefold.space import nearest
 
-_SIZES = {"B": 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+_SIZES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2.0**10, "MiB": 2.0**20,
+          "GiB": 2.0**30}
 _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "h": 3600.0}
 _JOULES = {"mJ": 1e-3, "J": 1.0, "kJ": 1e3, "MJ": 1e6, "Wh": 3600.0, "kWh": 3.6e6}
 _USD = {"$": 1.0, "USD": 1.0, "cent": 0.01}
@@ -191,9 +192,11 @@ class TrainingBudget:
         """`memory<=2GB, time<=20min, energy<=5Wh, money<=$0.1`. Raises BudgetError."""
         tables = {"memory": _SIZES, "time": _TIMES, "energy": _JOULES, "money": _USD}
         found: dict[str, float] = {}
+        if len(text) > 2000:
+            raise BudgetError("the training budget is longer than 2000 characters; shorten it")
         for part in filter(str.strip, text.split(",")):
             match = _LIMIT.fullmatch(part)
-            unit = match and (match[3] or match[5])
+            unit = match and match[3] + match[5]
             if not match or match[2] not in ("<=", "<") or match[1] not in tables:
                 near = nearest(match[1], tables) if match else None
                 hint = f"did you mean {near}?" if near and match and match[1] not in tables else (

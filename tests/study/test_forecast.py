@@ -11,18 +11,18 @@ import pytest
 from tuning import PRICES, around, asked, machine
 
 from fivefold.budget import TrainingBudget
-from fivefold.errors import Infeasible, UserError
+from fivefold.errors import Infeasible
 from fivefold.model import Model, Trait, load
 from fivefold.quantity import Quantity
 from fivefold.recipe import Recipe
-from fivefold.study.forecast import LEAST_STEPS, ORDER, Forecast, choose, forecast, ways
+from fivefold.study.forecast import LEAST_STEPS, Forecast, choose, forecast, ways
 from fivefold.study.resident import Added
 from fivefold.study.surroundings import REACHED, Steps
 from fivefold.testing import tiny_model
 from fivefold.testing.contract import sentence
 from fivefold.testing.tiny import tiny_examples
 from fivefold.training.batching import Stream
-from fivefold.training.method import Adaptation, model_shapes
+from fivefold.training.method import model_shapes
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +142,16 @@ def test_too_little_time_is_refused_with_what_it_takes(tiny: Model, data: Path) 
 def test_a_refusal_names_the_largest_part(tiny: Model, data: Path) -> None:
     assert "the largest part is the process itself (100 MB)" in one(tiny, data, "full", "memory<=50MB").why_not
     small = {"process": lambda libraries: Added(1e5, 1e5)}
-    deep = tiny.but(blueprint=replace(tiny.blueprint, layers=400))
-    for recipe, part in (("full", "optimiser state"), ("lora", "activations"), ("mezo", "the weights")):
-        found = one(deep, data, recipe, "memory<=200kB", small)
-        assert found.refused == "memory" and found.needs is not None
-        assert f"the largest part is {part} (" in found.why_not, found.why_not
-    wide = tiny.but(blueprint=replace(tiny.blueprint, vocab=1_000_000))
-    assert "the largest part is reading the weights (" in one(wide, data, "qlora", "memory<=200kB", small).why_not
+    for recipe, shape, part in (
+        ("full", {"layers": 400}, "activations"),
+        ("full", {"ffn": 100_000, "width": 256}, "optimiser state"),
+        ("lora", {"vocab": 200_000}, "reading the weights"),
+        ("diff_pruning", {"ffn": 100_000, "width": 256}, "optimiser state"), ("lora", {"layers": 400}, "activations"),
+    ):
+        found = one(tiny.but(blueprint=replace(tiny.blueprint, **shape)), data, recipe, "memory<=200kB", small)
+        assert found.refused == "memory" and f"the largest part is {part} (" in found.why_not, found.why_not
+    wide = tiny.but(blueprint=replace(tiny.blueprint, width=4096, ffn=4096))
+    assert "part is the weights (" in one(wide, data, "lomo", "memory<=200kB", {**small, "same": True}).why_not
 
 
 def test_fewer_positions_at_once_before_a_way_is_refused(tiny: Model, data: Path) -> None:
@@ -197,57 +200,6 @@ def test_what_does_not_fit_the_model_says_so(tiny: Model, data: Path) -> None:
     assert found.refused == "model" and found.needs is None and "lora needs weights not yet fitted" in found.why_not
 
 
-def forecasts(*given: tuple[str, float, str]) -> list[Forecast]:
-    from fivefold.model import TrainPlan
-    from fivefold.training.memory import Needs
-
-    zero = {"weights": 0.0, "beside": 0.0, "gradients": 0.0, "state": 0.0, "activations": 0.0, "head": 0.0}
-    return [Forecast(recipe=Recipe.parse(name), plan=TrainPlan(), per_step=peak / 1e9, why_not=refused and "needs it",
-                     needs=None if refused == "model" else Needs(process=peak, **zero), refused=refused)  # type: ignore[arg-type]
-            for name, peak, refused in given]
-
-
-def test_the_first_that_fits_is_chosen() -> None:
-    found = forecasts(("lora", 5e8, "memory"), ("full", 3e8, ""), ("mezo", 1e8, ""))
-    assert choose(found, TrainingBudget(memory=4e8)) is found[1]
-
-
-def test_nothing_fits_names_the_smallest_and_what_it_needs() -> None:
-    found = forecasts(("lora", 5e8, "memory"), ("qlora", 1e8, "model"), ("mezo", 3.1415e8, "memory"))
-    with pytest.raises(Infeasible, match=r"fits 100 MB: the smallest, mezo, needs it; allow 315 MB") as caught:
-        choose(found, TrainingBudget(memory=1e8))
-    assert sentence(caught.value) and caught.value.exit_code == 3
-    with pytest.raises(Infeasible, match="lora does not fit 100 MB: it needs it; allow 500 MB, or leave --recipe out"):
-        choose(found[:1], TrainingBudget(memory=1e8))
-
-
-def test_nothing_fits_the_time_names_the_fastest() -> None:
-    found = forecasts(("lora", 5e8, "time"), ("full", 9e8, "time"), ("mezo", 1e8, "memory"))
-    with pytest.raises(Infeasible, match=r"time<=3 s: the fastest, lora, needs it; allow more time") as caught:
-        choose(found, TrainingBudget(time=3.0))
-    sentence(caught.value)
-
-
-def test_no_way_for_this_model_is_its_own_sentence() -> None:
-    with pytest.raises(UserError, match="needs it"):
-        choose(forecasts(("lora", 1.0, "model")), TrainingBudget())
-
-
-def test_ways_begin_with_the_order_and_name_each_technique() -> None:
-    from fivefold.recipe import catalogue
-
-    found = [str(recipe) for recipe in ways()]
-    assert found[: len(ORDER)] == [str(Recipe.parse(way)) for way in ORDER] and len(set(found)) == len(found)
-    kinds = {n for n, t in catalogue().items() if t.__module__.split(".")[-2] == "finetuning"}
-    assert kinds == {part for way in found for part in way.split(" + ")}
-    assert [str(r) for r in ways("lora(rank=2)")] == ["lora(rank=2)"]
-    for bad, needle in (('gguf(type="q8_0")', "gguf is none"), ("lora + threads(count=1)", "threads is none"),
-                        ("parent", "none was given")):
-        with pytest.raises(UserError, match=needle) as caught:
-            ways(bad)
-        sentence(caught.value)
-
-
 def test_every_way_is_forecast_on_every_family(tmp_path: Path, data: Path) -> None:
     for family in ("llama", "qwen2", "gpt2"):
         model = load(tiny_model(tmp_path / family, family, layers=2, vocab=257, context=256).path)
@@ -271,12 +223,3 @@ def test_the_most_that_is_learned_at_once(tiny: Model, data: Path) -> None:
     seen = [batch.learned for n in range(steps.number) for batch in stream.step(n)]
     assert steps.learned_at_once == max(seen) and steps.number == len(stream.epoch(0))
     assert steps.learned * steps.number == sum(seen)
-
-
-def test_libraries_are_those_of_the_adaptation() -> None:
-    from fivefold.recipe import catalogue
-    from fivefold.study.resident import rehearsed
-
-    through = {n for n, t in catalogue().items() if issubclass(t, Adaptation) and t.libraries}
-    assert through == {"lora", "dora", "adalora", "ia3", "prefix", "qlora"}
-    assert (rehearsed(()), rehearsed(("peft",))) == ("full", "lora")

@@ -22,6 +22,8 @@ from fivefold.study.surroundings import Surroundings
 from fivefold.study.train import prepared, train
 
 RECIPE = "lora(rank=4, rate=0.01)"
+Run = tuple[Finished, list[Any]]
+"""What a run left, and what it told."""
 
 
 def machine() -> Machine:
@@ -79,7 +81,7 @@ def interrupted(request: Request, at: int, error: type[BaseException] = Keyboard
         train(request, listen)
 
 
-def heard(request: Request) -> tuple[Finished, list[Any]]:
+def heard(request: Request) -> Run:
     events: list[Any] = []
     return train(request, events.append), events
 

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from fivefold.errors import Infeasible, NotFinite, OutOfMemory, UserError
 from fivefold.machine import Machine
@@ -58,7 +59,7 @@ def _train(request: Request, folder: RunFolder, listen: Listener) -> Finished:
     planned = replace(planned, resumed=begun["step"])
     listen(planned)
     window = metered(machine=machine, prices=prices)
-    with naming_a_way_out(request, planned) as told, window:
+    with naming_a_way_out(model, request.out, planned) as told, window:
         before = folder.taken(window.so_far())
         folder.begin(request, planned.chosen, exam, before or Cost.nothing())
         folder.cut(begun["step"])
@@ -144,7 +145,7 @@ def surroundings(
 
 
 @contextmanager
-def naming_a_way_out(request: Request, planned: Planned) -> Iterator[list[Watch]]:
+def naming_a_way_out(model: Model, out: Path, planned: Planned) -> Iterator[list[Watch]]:
     """The loop's failures with what to try next; the watch goes into the list that is yielded."""
     watches: list[Watch] = []
     try:
@@ -153,9 +154,9 @@ def naming_a_way_out(request: Request, planned: Planned) -> Iterator[list[Watch]
         what = str(error).partition(";")[0]
         if not planned.resumed and not any(watch.heard for watch in watches):
             raise NotFinite(f"{what}, with the model as it was given; check its weights and the examples") from None
-        kept = f", and {request.out} keeps the last good checkpoint" if (request.out / STATE).is_file() else ""
-        raise NotFinite(f"{what}; learn slower, for example with --recipe '{slower(request.model, planned.chosen)}' and"
-                        f" another --out (this one ended{kept})") from None
+        kept = f"; {out} keeps the last good checkpoint" if (out / STATE).is_file() else ""
+        raise NotFinite(f"{what}; learn slower, for example with --recipe '{slower(model, planned.chosen)}' and another"
+                        f" --out{kept}") from None
     except (MemoryError, OSError, RuntimeError) as error:
         refused = isinstance(error, MemoryError) or "allocate memory" in str(error)
         if not refused:
