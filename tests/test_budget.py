@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fivefold.budget import Allowance, Budget, objectives, size
+from fivefold.budget import Allowance, Budget, TrainingBudget, objectives, size
 from fivefold.errors import BudgetError
 from fivefold.metrics import METRICS
 
@@ -49,8 +49,31 @@ def test_allowance_units_name_the_limit() -> None:
             Allowance.parse(bad)
 
 
+def test_a_training_budget_has_units_of_its_own() -> None:
+    parsed = TrainingBudget.parse("memory<=2GB, time <= 20 min, energy<5Wh, money<=$0.1")
+    assert parsed == TrainingBudget(memory=2e9, time=1200.0, energy=18_000.0, money=0.1)
+    assert TrainingBudget.parse("memory<=1.5GiB") == TrainingBudget(memory=1.5 * 2**30)
+    assert TrainingBudget.parse("money<=20cent, energy<=2kJ, time<=1h") == TrainingBudget(
+        money=0.2, energy=2000.0, time=3600.0)
+    assert TrainingBudget.parse(" , ") == TrainingBudget()
+
+
+@pytest.mark.parametrize(("text", "needle"), [
+    ("memry<=2GB", "did you mean memory"), ("latency<=2ms", "write it like memory<=2GB"),
+    ("memory>=2GB", "cannot read"), ("memory=2GB", "cannot read"), ("time<=20", "no unit of time"),
+    ("memory<=2", "has no unit of memory; use one of: B, kB"),
+    ("memory<=2XB", "no unit of memory"), ("time<=2GB", "no unit of time"), ("money<=$5min", "no unit of money"),
+    ("memory<=0.5x", "no unit of memory"), ("time<=1h, time<=2h", "limits time twice"), ("energy<=-1J", "at least 0"),
+    ("memory<=1e999GB", "not a number"), ("memory<=..GB", "not a number"), ("2GB", "cannot read"), ("x" * 3000, "2000"),
+])
+def test_bad_training_budgets_get_one_sentence(text: str, needle: str) -> None:
+    with pytest.raises(BudgetError, match=needle) as caught:
+        TrainingBudget.parse(text)
+    assert "\n" not in str(caught.value) and ";" in str(caught.value)
+
+
 def test_a_size_is_bytes() -> None:
-    assert [size("1GB"), size("1.5 KiB"), size("7B")] == [10**9, 1536, 7]
+    assert [size("1GB"), size("1.5 KiB"), size("7B"), size("2kB")] == [10**9, 1536, 7, 2000]
     for bad in ("", "1", "GB", "1XB", "-1GB", "$3", "5min"):
         with pytest.raises(BudgetError):
             size(bad)
@@ -66,7 +89,7 @@ def test_objectives() -> None:
 
 @given(st.text(max_size=80))
 def test_any_text_parses_or_is_refused(text: str) -> None:
-    for parse in (Budget.parse, Allowance.parse, objectives, size):
+    for parse in (Budget.parse, Allowance.parse, TrainingBudget.parse, objectives, size):
         try:
             parse(text)
         except BudgetError as error:

@@ -102,7 +102,8 @@ def train(
     line; or a CSV has the columns text and label. The loss is on answers only. Every way of fine-tuning is forecast
     first, and one that fits is trained. The result, OUT/model, is a model like any other.
     """
-    from fivefold import display, verbs
+    from fivefold import verbs
+    from fivefold.display import train as display
 
     try:
         with display.LiveTraining() as live:

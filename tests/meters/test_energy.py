@@ -116,6 +116,27 @@ def test_the_meter_models_without(machine: Machine) -> None:
     assert meter.energy.method == "modelled"
 
 
+def test_what_was_used_so_far_while_the_window_is_open(machine: Machine) -> None:
+    wall, cpu = iter([0.0, 1.0, 10.0]), iter([3.0, 4.0, 7.0])
+    with EnergyMeter(machine, clock=lambda: next(wall), cpu_clock=lambda: next(cpu)) as meter:
+        early = meter.so_far()
+        assert meter.energy.value is None
+    assert early.value == pytest.approx(0.33 * 2 * 1 + (2.14 - 0.33) * 1) and early.method == "modelled"
+    assert meter.energy.value == pytest.approx(0.33 * 2 * 10 + (2.14 - 0.33) * 4)
+
+
+def test_rapl_tells_what_was_used_so_far(
+    tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = rapl(tmp_path / "cap" / "intel-rapl:0", 0, 10**9)
+    monkeypatch.setattr(machine_module, "POWERCAP", tmp_path / "cap")
+    with EnergyMeter(machine) as meter:
+        rapl(counter, 2_000_000, 10**9)
+        assert (meter.so_far().value, meter.so_far().method) == (pytest.approx(2.0), "measured")
+        rapl(counter, 7_000_000, 10**9)
+    assert meter.energy.value == pytest.approx(7.0)
+
+
 def test_an_accelerator_that_cannot_be_read_makes_the_energy_missing(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,25 @@ def test_the_window_meters_the_work(tmp_path: Path, machine: Machine, prices: Pr
     assert cost.disk.value >= 0
 
 
+def test_what_was_spent_so_far_only_grows(machine: Machine, prices: Prices) -> None:
+    with metered(machine=machine, prices=prices) as window:
+        first = window.so_far()
+        sum(i * i for i in range(300_000))
+        block = bytearray(b"\1" * (64 << 20))
+        second = window.so_far()
+        with pytest.raises(RuntimeError):
+            _ = window.cost
+        del block
+    costs = [cost.quantities() for cost in (first, second, window.cost)]
+    for name in ("seconds", "cpu_seconds", "energy", "money", "memory"):
+        values = [cost[name].value for cost in costs]
+        assert values == sorted(values) and values[0] < values[1], name
+    assert costs[1]["memory"].value >= costs[0]["memory"].value + (60 << 20)
+    assert [cost["energy"].method for cost in costs] == [costs[2]["energy"].method] * 3
+    usd = second.seconds.value * 0.001 + second.energy.value * 1e-7
+    assert second.money.value == pytest.approx(usd)
+
+
 def test_a_saving_has_the_widest_interval_the_two_allow() -> None:
     s = saving(q(10, "J", 8, 13), q(4, "J", 3, 6), scale=2.0)
     assert (s.value, s.low, s.high) == (12, 4, 20)

@@ -38,6 +38,23 @@ def test_an_outer_window_keeps_the_peak_that_an_inner_one_resets() -> None:
     assert not PeakMemory._open
 
 
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_peak_so_far(monkeypatch: pytest.MonkeyPatch, reset: bool) -> None:
+    if not reset:
+        monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
+    with PeakMemory() as outer:
+        before = outer.so_far()
+        kept = block()
+        between = outer.so_far()
+        with PeakMemory() as inner:
+            pass
+        assert outer.so_far() >= between and (inner.peak.value or 0) >= before + 90 * MB
+        time.sleep(3 * memory.SAMPLE_SECONDS)
+        del kept
+        assert outer.so_far() >= between >= before + 90 * MB
+    assert outer.peak.value is not None and outer.peak.value >= between
+
+
 def test_sampling_where_the_mark_cannot_be_reset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_reset_high_water", lambda: False)
     before = psutil.Process().memory_info().rss

@@ -144,8 +144,8 @@ def test_a_refusal_names_the_largest_part(tiny: Model, data: Path) -> None:
     small = {"process": lambda libraries: Added(1e5, 1e5)}
     for recipe, shape, part in (
         ("full", {"layers": 400}, "activations"),
-        ("full", {"ffn": 100_000, "width": 256}, "optimiser state"),
-        ("lora", {"vocab": 200_000}, "reading the weights"),
+        ('full(averages="float32")', {"ffn": 100_000, "width": 256}, "optimiser state"),
+        ("lora", {"vocab": 200_000, "width": 512}, "reading the weights"),
         ("diff_pruning", {"ffn": 100_000, "width": 256}, "optimiser state"), ("lora", {"layers": 400}, "activations"),
     ):
         found = one(tiny.but(blueprint=replace(tiny.blueprint, **shape)), data, recipe, "memory<=200kB", small)

@@ -169,7 +169,7 @@ def test_a_named_task_is_asked_too(tiny: Model, rows: Path, tmp_path: Path) -> N
     items = [{"question": f"How many, {i}?", "choices": ["one", "a few"], "answer": i % 2} for i in range(10)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, items)))
     asked = exam(tiny, rows, str(tmp_path / "mine.jsonl"), items=6)
-    assert str(asked) == "6 rows, mine of 6"
+    assert str(asked) == "6 rows, and 6 of mine"
     (tmp_path / "mine.jsonl").write_text(json.dumps({**items[0], "question": "word " * 200}))
     with pytest.raises(DataError, match="model's context is 128"):
         exam(tiny, rows, str(tmp_path / "mine.jsonl"))

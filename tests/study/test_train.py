@@ -90,7 +90,7 @@ def test_what_it_learned_is_measured_beside_the_parent(finished_run: Run) -> Non
     judged = finished_run[0].judged
     assert judged.card.value("loss") < 0.7 * judged.parent.value("loss")  # type: ignore[operator]
     assert judged.card.value("perplexity") == pytest.approx(math.exp(judged.card.value("loss")))  # type: ignore[arg-type]
-    assert judged.verdict is not None and judged.verdict.n == 8 and judged.items.startswith("8 rows")
+    assert judged.verdict is not None and judged.verdict.n == 8 and judged.items == "8 rows"
     assert finished_run[0].before > finished_run[0].after
 
 

@@ -1,6 +1,7 @@
 """Display: what the verbs return, drawn in a terminal. Reads plain values; runs nothing, decides nothing.
 
 What lives here: one function per thing shown, and the live front. What may not: measuring, searching, file formats.
+`display.train` is imported where it is used, because it needs torch and the other verbs start without.
 """
 
 from fivefold.display.live import LiveStudy as LiveStudy
@@ -14,5 +15,3 @@ from fivefold.display.study import nothing_fits as nothing_fits
 from fivefold.display.study import pick as pick
 from fivefold.display.study import plan as plan
 from fivefold.display.study import result as result
-from fivefold.display.train import LiveTraining as LiveTraining
-from fivefold.display.train import trained as trained

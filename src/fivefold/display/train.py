@@ -116,8 +116,11 @@ def _cells(one: Forecast, chosen: bool) -> list[str]:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else (
-        f"{seconds / 3600:.1f} h")
+    if seconds < 1:
+        return "< 1 s" if seconds > 0 else "0 s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def trained(done: Finished, out: Console | None = None) -> None:
@@ -127,7 +130,8 @@ def trained(done: Finished, out: Console | None = None) -> None:
               f" held-out loss {done.before:.4f} -> {done.after:.4f}")
     if done.stopped:
         _say(out, f"stopped early: {done.stopped}")
-    grid = table(f"on {done.judged.items}", "parent", "this model")
+    _say(out, f"judged on {done.judged.items}, where it is served:")
+    grid = table("", "parent", "this model")
     for name, quantity in done.judged.card.items():
         grid.add_row(name, number(done.judged.parent.get(name)), number(quantity))
     out.print(grid)

@@ -43,6 +43,8 @@ class Exam:
     asked: ChoiceSet | None
     tokens: int
     longest: int
+    named: bool = False
+    """Whether what is asked is a named task, and not the rows' labels."""
 
     @classmethod
     def set(cls, model: Model, held: Examples, task: str, test: Path | None, *, items: int, template: str) -> Self:
@@ -65,16 +67,17 @@ class Exam:
                     where = f"line {chosen[number].line} of {rows.source}" if _by_label(task) else f"an item of {task}"
                     raise DataError(f"{where} takes {lengths[-1]} tokens with the answer {end.strip()[:40]!r} and the"
                                     f" model's context is {context}; shorten it")
-        return cls(rows=chosen, asked=asked, tokens=sum(lengths), longest=max(lengths))
+        return cls(rows=chosen, asked=asked, tokens=sum(lengths), longest=max(lengths), named=not _by_label(task))
 
     def __str__(self) -> str:
-        return f"{len(self.rows)} rows" + (f", {self.asked.name} of {len(self.asked.items)}" if self.asked else "")
+        rows = "one row" if len(self.rows) == 1 else f"{len(self.rows)} rows"
+        return f"{rows}, and {len(self.asked.items)} of {self.asked.name}" if self.asked and self.named else rows
 
     def to_json(self) -> dict[str, Any]:
         rows = [{"tokens": row.tokens.tolist(), "learn": np.flatnonzero(row.learn).tolist(), "line": row.line}
                 for row in self.rows]
         return {"rows": rows, "asked": self.asked.to_json() if self.asked else None, "tokens": self.tokens,
-                "longest": self.longest}
+                "longest": self.longest, "named": self.named}
 
     @classmethod
     def from_json(cls, told: Mapping[str, Any]) -> Self:
@@ -84,7 +87,7 @@ class Exam:
             learn[row["learn"]] = True
             rows.append(Example(np.array(row["tokens"], np.int64), learn, row["line"], b""))
         asked = ChoiceSet.from_json(told["asked"]) if told["asked"] else None
-        return cls(rows=tuple(rows), asked=asked, tokens=told["tokens"], longest=told["longest"])
+        return cls(rows=tuple(rows), asked=asked, tokens=told["tokens"], longest=told["longest"], named=told["named"])
 
 
 def _by_label(task: str) -> bool:

@@ -46,8 +46,10 @@ class RunFolder:
         """Hold the folder, made if need be. Raises Busy, and StoreError when it holds something else or is finished."""
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(f"{self.path} is a file; give a folder as --out")
-        with storage(self.path):
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be made ({error.strerror}); give another --out") from None
         with if_free(self.path / ".lock") as free:
             if not free:
                 raise Busy(f"another process trains in {self.path}; wait for it or give another --out")
