@@ -99,6 +99,7 @@ def test_from_rows_to_a_model(model: Path, rows: Path, tmp_path: Path) -> None:
     code, said, complained = run(*asked(
         model, rows, out, "--budget", "memory<=2GB, time<=1min", "--task", "accuracy", "--epochs", "3"))
     assert (code, complained) == (0, ""), "the libraries are silent"
+    assert not re.search(r"(?i)warning|deprecated|shards|it/s|transformers|bitsandbytes", said)
     for needle in ("152 examples", "8 more held out", "chosen", "memory of lora: process", "~ modelled",
                    "measuring in the serving engine", "numbers trained", "accuracy", "perplexity",
                    "against the parent:", "energy", "money", "memory forecast", "serve it   fivefold serve"):
@@ -117,6 +118,13 @@ def test_from_rows_to_a_model(model: Path, rows: Path, tmp_path: Path) -> None:
     code, said, complained = run("ship", str(out), "--to", str(tmp_path / "shipped"))
     assert (code, complained) == (0, "") and "shipped copy" in said and "same" in said and "DEPARTS" not in said
     assert Artifact.open(tmp_path / "shipped").card is not None
+
+
+def test_the_folder_has_a_default(model: Path, rows: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fivefold", "train", str(model), "--data", str(rows), "--recipe", "bitfit",
+               "--steps", "1"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=300, check=False).returncode == 0
+    assert (tmp_path / "runs" / "rows" / "model" / "card.json").is_file()
 
 
 def test_help_is_clear() -> None:

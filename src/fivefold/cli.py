@@ -82,7 +82,8 @@ def plan(
 def train(
     model: ModelName,
     data: Annotated[Path, typer.Option("--data", help="Rows to learn, .jsonl or .csv; see above.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the run; the same command goes on with it.")],
+    out: Annotated[str, typer.Option("--out", help="Folder of the run, by default runs/ and the name of the data; the"
+                                                   " same command goes on with it.")] = "",
     budget: Annotated[str, typer.Option("--budget", help='Limits on the run: "memory<=2GB, time<=20min, energy<=5Wh,'
                                                          ' money<=$0.1".')] = "",
     recipe: Annotated[str, typer.Option("--recipe", help='The way, such as "lora(rank=8)"; else one is chosen.')] = "",

@@ -108,11 +108,12 @@ class Picked:
 
 
 def train(
-    model: str | Path, *, data: str | Path, out: str | Path, budget: str = "", recipe: str = "", task: str = "",
+    model: str | Path, *, data: str | Path, out: str | Path = "", budget: str = "", recipe: str = "", task: str = "",
     test: str | Path = "", template: str = "", epochs: float = 1.0, steps: int = 0, tokens_per_step: int = 1024,
     patience: int = 0, items: int = 200, seed: int = 0, events: Callable[[Any], None] | None = None,
 ) -> Finished:
-    """Fine-tune on a file of examples within a budget ("memory<=2GB, time<=20min"), or go on with the run in `out`.
+    """Fine-tune on a file of examples within a budget ("memory<=2GB, time<=20min"), or go on with the run in `out`
+    (default: runs/ and the name of the file).
 
     `recipe` names the way (`lora(rank=8)`); without one, the ways are forecast and one that fits is chosen. `task`
     "accuracy" judges labelled rows, or names a set (sst2); `test` is a file of rows to judge by instead of the held-out
@@ -126,9 +127,10 @@ def train(
     from fivefold.study.train import train as trained
 
     request = Request(
-        model=load(model), data=Path(data), out=Path(out), budget=TrainingBudget.parse(budget), recipe=recipe,
-        task=task, test=Path(test) if test else None, template=template or TrainPlan.template, epochs=epochs,
-        steps=steps, tokens_per_step=tokens_per_step, patience=patience, items=items, seed=seed,
+        model=load(model), data=Path(data), out=Path(out or Path("runs") / Path(data).stem),
+        budget=TrainingBudget.parse(budget), recipe=recipe, task=task, test=Path(test) if test else None,
+        template=template or TrainPlan.template, epochs=epochs, steps=steps, tokens_per_step=tokens_per_step,
+        patience=patience, items=items, seed=seed,
     )
     return trained(request, events or (lambda event: None))
 

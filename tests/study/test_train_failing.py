@@ -14,13 +14,16 @@ import pytest
 from tuning import RECIPE, asked, checkpoints, heard, interrupted, without_rehearsal
 
 from fivefold.budget import TrainingBudget
-from fivefold.errors import NotFinite, OutOfMemory, StoreError
-from fivefold.model import Model
+from fivefold.errors import ModelError, NotFinite, OutOfMemory, StoreError
+from fivefold.meters.ledger import metered
+from fivefold.model import Model, TrainPlan
 from fivefold.recipe import Recipe
+from fivefold.study.forecast import Forecast
 from fivefold.study.request import Request
 from fivefold.study.train import slower, train
 from fivefold.testing.contract import sentence
 from fivefold.training.checkpoint import STATE
+from fivefold.training.loop import Step
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -47,7 +50,8 @@ def test_an_allocation_that_fails_is_a_sentence(
     pupil: Model, lessons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
-    for error in (MemoryError(), RuntimeError(said)):
+    mapped = "transformers cannot read it (unable to mmap 9 bytes: Cannot allocate memory (12)); give a folder"
+    for error in (MemoryError(), RuntimeError(said), ModelError(mapped), RuntimeError("could not create a primitive")):
         def fail(*given: Any, error: Exception = error, **named: Any) -> None:
             raise error
 
@@ -180,6 +184,29 @@ def test_a_limit_that_is_used_up_ends_the_run_with_what_it_has(
                          tokens_per_step=256, epochs=3.0))
     assert done.stopped.startswith(f"the {name} of") and done.steps > 0 and done.after <= done.before
     assert (tmp_path / "out" / "model" / "card.json").is_file()
+
+
+def test_a_limit_that_is_over_at_once_leaves_one_step(
+    pupil: Model, lessons: Path, tmp_path: Path
+) -> None:
+    done = train(Request(model=pupil, data=lessons, out=tmp_path / "out", budget=TrainingBudget(time=0.05),
+                         recipe=RECIPE, tokens_per_step=256))
+    assert done.steps == len(lines(done.folder)) == 1 and done.after <= done.before
+
+
+def test_energy_that_is_reached_in_time_is_named(pupil: Model, lessons: Path, tmp_path: Path) -> None:
+    from fivefold.study.watch import Watch
+
+    chosen = Forecast(recipe=Recipe.parse("lora"), plan=TrainPlan(seconds=5.0), needs=None)
+    with metered() as window, Watch(
+        log=tmp_path / "log", budget=TrainingBudget(energy=1e6), chosen=chosen, window=window, before=None, tokens=1.0,
+        begun=(0, 0.0), reserve={"time": 0.0, "energy": 0.0, "money": 0.0}, first="energy", listen=lambda told: None,
+    ) as watch:
+        for number, seconds in enumerate((2.0, 4.0), start=1):
+            watch(Step(step=number, steps=9, loss=1.0, norm=1.0, rate=1.0, seconds=seconds))
+            assert watch.enough() == ""
+        watch(Step(step=3, steps=9, loss=1.0, norm=1.0, rate=1.0, seconds=6.0))
+        assert watch.enough() == "the energy of 278 Wh is used up, all cores taken as busy"
 
 
 def enough_after(steps: int, real: Any) -> Any:

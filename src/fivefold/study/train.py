@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from fivefold.errors import Infeasible, NotFinite, OutOfMemory, UserError
+from fivefold.errors import Infeasible, ModelError, NotFinite, OutOfMemory, UserError
 from fivefold.machine import Machine
 from fivefold.meters.ledger import Cost, metered
 from fivefold.meters.money import Prices
@@ -34,6 +34,9 @@ from fivefold.study.surroundings import Surroundings
 from fivefold.study.watch import Watch
 from fivefold.training.checkpoint import STATE
 from fivefold.training.data import Examples
+
+REFUSED = ("allocate memory", "could not create a primitive")
+"""What an allocation that fails is called by torch, by the system, and by the library of matrix products."""
 
 
 def train(request: Request, listen: Listener = lambda event: None) -> Finished:
@@ -67,7 +70,7 @@ def _train(request: Request, folder: RunFolder, listen: Listener) -> Finished:
         with Watch(
             log=request.out / LOG, budget=request.budget, chosen=planned.chosen, window=window, before=before,
             tokens=per_step, begun=(begun["step"], begun["seconds"]), listen=listen,
-            reserve=around.spent(around.judging_seconds()),
+            reserve=around.spent(around.judging_seconds()), first=around.allowed()[1],
         ) as watch:
             told.append(watch)
             done = left(run(ready, folder.work(), parts=parts, listen=watch, enough=watch.enough, keeper=keeper))
@@ -157,9 +160,8 @@ def naming_a_way_out(model: Model, out: Path, planned: Planned) -> Iterator[list
         kept = f"; {out} keeps the last good checkpoint" if (out / STATE).is_file() else ""
         raise NotFinite(f"{what}; learn slower, for example with --recipe '{slower(model, planned.chosen)}' and another"
                         f" --out{kept}") from None
-    except (MemoryError, OSError, RuntimeError) as error:
-        refused = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        if not refused:
+    except (MemoryError, ModelError, OSError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(said in str(error) for said in REFUSED):
             raise
         raise OutOfMemory("there was no memory left to train with; give a --budget memory that is free, so that a"
                           " smaller way is chosen, and another --out") from None

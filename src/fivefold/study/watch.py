@@ -42,7 +42,8 @@ class Progress:
 @dataclass(eq=False)
 class Watch:
     """Hears each step of the loop. `before` is what earlier processes took, `tokens` those of a step on average, and
-    `begun` the steps and the loop's seconds this process begins with. `reserve` is kept for judging."""
+    `begun` the steps and the loop's seconds this process begins with. `reserve` is kept for judging, and `first` names
+    the limit that was forecast to be reached first."""
 
     log: Path
     budget: TrainingBudget
@@ -52,13 +53,15 @@ class Watch:
     tokens: float
     begun: tuple[int, float]
     reserve: dict[str, float]
+    first: str
     listen: Callable[[Progress], None]
 
     def __enter__(self) -> Self:
         self._open = ExitStack()
         with storage(self.log):
             self._file = self._open.enter_context(self.log.open("a", encoding="utf-8"))
-        self._first: tuple[int, float] | None = None
+        self._since: tuple[int, float] | None = None
+        self._last = 0.0
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -67,7 +70,7 @@ class Watch:
     @property
     def heard(self) -> bool:
         """Whether a step was completed."""
-        return self._first is not None
+        return self._since is not None
 
     @property
     def forecast(self) -> float | None:
@@ -79,9 +82,9 @@ class Watch:
     def __call__(self, step: Any) -> None:
         now, here = (step.step, step.seconds), self.window.so_far()
         cost = here if self.before is None else self.before + here
-        since = self._first or self.begun
+        since = self._since or self.begun
         each = (now[1] - since[1]) / (now[0] - since[0])
-        self._first = self._first or now
+        self._since, self._last = self._since or now, step.seconds
         told = Progress(
             step=step.step, steps=step.steps, loss=step.loss, score=step.score, left=each * (step.steps - step.step),
             tokens_per_second=self.tokens / each if each > 0 else 0.0, seconds=cost.seconds.value or 0.0,
@@ -106,4 +109,7 @@ class Watch:
             limit = getattr(self.budget, name)
             if limit is not None and (taken.value or 0.0) + self.reserve[name] >= limit:
                 return f"the {name} of {show(limit, UNITS[name])} is used up"
+        if 0 < self.chosen.plan.seconds < self._last:
+            limit = getattr(self.budget, self.first)
+            return f"the {self.first} of {show(limit, UNITS[self.first])} is used up, all cores taken as busy"
         return ""
