@@ -13,7 +13,7 @@ from rich.console import Console
 from fivefold.budget import TrainingBudget
 from fivefold.display import live
 from fivefold.display.static import number
-from fivefold.display.study import _side_by_side, ratio_lines
+from fivefold.display.study import _reasons, _side_by_side, ratio_lines
 from fivefold.display.train import LiveTraining, trained
 from fivefold.meters.ledger import Cost
 from fivefold.model import TrainPlan
@@ -174,3 +174,10 @@ def test_an_interrupted_bar_leaves_the_terminal_as_it_was() -> None:
 def test_other_verbs_start_without_torch() -> None:
     code = "import fivefold.display, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_not_searched_for_one_reason_is_one_line() -> None:
+    dropped = {"lora": "lora needs examples", "full": "full needs examples", "int4": "int4 needs a torch graph",
+               "gguf(x)": "left out"}
+    assert _reasons({n: why for n, why in dropped.items() if "(" not in n}) == {
+        "needs examples": ["lora", "full"], "needs a torch graph": ["int4"]}

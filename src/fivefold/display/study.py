@@ -38,14 +38,21 @@ def honesty(machine: Any, out: Console | None = None) -> None:
                 out.print(Text(f"    → {row.fix}", style="yellow"))
 
 
+def _reasons(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+    """What is said of each, its own name left out -> of whom it is said."""
+    found: dict[str, list[str]] = {}
+    for name, why in dropped.items():
+        found.setdefault(why.removeprefix(f"{name} "), []).append(name)
+    return found
+
+
 def plan(planned: Any, out: Console | None = None) -> None:
     """A `study.plan.Plan`."""
     out = out or console()
     out.print(Text("plan", style="bold"))
     out.print(f"  searches {', '.join(planned.techniques)}: up to {planned.recipes:,.0f} recipes")
-    for name, why in planned.dropped.items():
-        if "(" not in name:
-            out.print(Text(f"  not searched: {why}", style="dim"))
+    for why, names in _reasons({n: why for n, why in planned.dropped.items() if "(" not in n}).items():
+        out.print(Text(f"  not searched: {', '.join(names)}: {why}", style="dim"))
     out.print(
         f"  parent about {show(planned.baseline.value, 's')}, each trial about {show(planned.trial.value, 's')};"
         f" {planned.trials.value:.0f} trials in {show(planned.time.value, 's')}"

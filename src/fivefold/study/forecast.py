@@ -6,8 +6,8 @@
     energy    the power model at all cores busy x time;  money: machine hours and electricity of that
 
 A way that does not fit is refused with the part that is too large. Limits on time, energy and money shorten a run, but
-not below `LEAST_STEPS`. Among those that fit, the choice follows `ORDER`, which is a measured one: docs/benchmarks.md
-says what each reached on the same examples.
+not below `LEAST_STEPS`. Among those that fit, the choice follows `ORDER`: what asks least for what it usually reaches
+comes first. It is a judgement; what was measured so far is in docs/benchmarks.md.
 """
 
 from __future__ import annotations

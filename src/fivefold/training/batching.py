@@ -2,7 +2,7 @@
 
     pack     examples lie behind each other in rows of one length, each with positions from 0 and a mask that hides the
              others. Nothing is wasted but the rows' ends, and every batch has the same shape, so the matrix library
-             prepares its kernels once (on a processor a new shape costs more than the padding it avoids)
+             prepares its kernels once
     bucket   one example per row, rows of similar length together, padded on the right, where a causal model never
              looks: no mask is needed. For long examples, and for models whose attention takes no mask
 

@@ -6,10 +6,10 @@
 Kept until the backward pass, per position: h, q, k, v, a, m, g, u, that is 2 d + 2 (all heads) + 2 (key-value heads) +
 2 f numbers; x, z and silu(g) * u are made again. Two things are gained over a chain of small steps:
 
-- a general allocator leaves gaps between tensors that stay and tensors that go, a fifth of a small model's training
-  memory; here each layer has a block of its own, used again in every step, and all layers share one workspace
+- what a step keeps lies in one block per layer, used again in every step, and what it needs in passing in one workspace
+  for all layers, so memory does not grow with the number of steps
 - projections that read the same input are one product (their weights lie side by side, the parameters are views of
-  that), and so are their adapters: 4 products forward where there were 7, or 7 where there were 21
+  that), and so are their adapters: 4 products forward where there were 7, or 12 where there were 21
 
 It takes layers of the Llama kind without biases, whose projections are plain or carry a plain low-rank adapter; all
 others stay as they are (`install` says how many it took). It does not help models whose layers it does not know, and on
@@ -122,9 +122,9 @@ class Projections:
         out: torch.Tensor,
     ) -> tuple[torch.Tensor, Grads]:
         """(the input's gradient in `out`, those of `inputs()`)."""
-        count, found = len(self.parts), [None] * len(wanted)
+        count = len(self.parts)
+        grads: Grads = [None] * len(wanted)
         torch.mm(grad, self.weight, out=out)
-        grads: Grads = list(found)
         if any(wanted[:count]):
             for i, piece in enumerate((grad.T @ x).split(self.outputs)):
                 grads[i] = piece if wanted[i] else None

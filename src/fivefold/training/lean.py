@@ -6,17 +6,16 @@ What autograd keeps is what makes training large. Two of the tensors it keeps pe
     p = act(gate) * up      from gate and up, which are kept anyway for the product's own gradient
 
 A lean norm or gated product marks its result with how to make it again, and a lean linear layer that reads a marked
-tensor keeps the recipe instead of the tensor. Per layer and token of a Llama of width d and feed-forward width f
-
-    kept by autograd        about  12 d + 5 f  elements (float32 norms, both the product and its factors, ...)
-    kept here               about   6 d + 2 f
+tensor keeps the recipe instead of the tensor. Kept per layer and token of a Llama are then 2 d + 2 h + 2 k + 2 f
+numbers (d width, h and k all heads and key-value heads, f feed-forward width); autograd by itself also keeps the norms'
+float32 copies and results, the product beside its factors, and more.
 
 A frozen linear layer keeps nothing at all: its input's gradient needs only the weight. A low-rank adapter is computed
 in the same pass, y = x W' + s (x A') B', and its gradients from x and the small x A'. Weights are held in the dtype
 they are computed in, so that no pass casts them.
 
 It does not help where the layers are of a kind not known here (they stay as they are; `install` says how many it
-took), nor when memory is no concern: the elementwise parts are computed twice, which costs under 3 %.
+took), nor when memory is no concern: the elementwise parts are computed twice.
 
 Source: recomputing what is cheap, Chen et al., arXiv 1604.06174, section 4; Korthikanti et al., arXiv 2205.05198.
 """

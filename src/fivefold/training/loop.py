@@ -40,6 +40,7 @@ from fivefold.errors import NotFinite, StoreError
 from fivefold.model import TrainPlan
 from fivefold.training.adamw import AdamW
 from fivefold.training.checkpoint import Keeper
+from fivefold.training.module import give_back
 from fivefold.training.optimizer import Optimizer, pieces
 from fivefold.training.precision import Dice, Held, State, carry, read, write
 from fivefold.training.shelf import Shelf
@@ -151,6 +152,7 @@ def _through(
     run: _Run, stream: Callable[[int], Micro], score: Callable[[], float], checks: int, patience: int
 ) -> Fitted:
     plan, number = run.plan, run.resume()
+    first = number
     if number == 0:
         run.begin()
         run.judge(0, score())
@@ -158,6 +160,8 @@ def _through(
     stopped = ""
     while number < plan.steps and not (stopped := run.enough(number, patience)):
         value, found = run.step(number, stream(number)), None
+        if number == first:
+            give_back()
         rate = plan.learning_rate * run.share()
         number += 1
         if number in due and run.last_phase(number):

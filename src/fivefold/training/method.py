@@ -7,7 +7,7 @@ stage (`Technique.finish`):
     Update       how a gradient (or none) changes them: AdamW, 8 bits, LOMO, GaLore, ...       default: AdamW
     Saving       what memory is traded for: activations made again, states kept on disk        default: nothing
 
-The plan names its techniques in the recipe's own spelling, so it stays plain data; `methods_of` turns them back.
+The plan names its techniques in the recipe's own spelling, so it stays plain data; `Methods.of` turns them back.
 """
 
 from __future__ import annotations

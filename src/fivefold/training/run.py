@@ -38,7 +38,7 @@ from fivefold.weights import StoredTensor, read_tensors
 
 SCORED = 8_192
 """Held-out tokens a check looks at, at most."""
-PILOT = 3
+CHECKS, PILOT = 5, 3
 MOST_STEPS = 1_000_000
 
 
@@ -87,7 +87,7 @@ def run(
     adaptation = methods.adaptation
     assert adaptation is not None
     lesson = prepared(model, adaptation, methods, max(part.longest for part in (train_part, held_part)))
-    optimizer = methods.update.optimizer(model.train) if methods.update else _adamw(adaptation)
+    optimizer = methods.update.optimizer(model.train) if methods.update else adaptation.default_optimizer()
     stream = _stream(train_part, lesson.plan, adaptation, optimizer)
     loss = loss_of(lesson.module, adaptation.hidden(lesson))
     begun = keeper.meta() if keeper is not None else None
@@ -105,13 +105,6 @@ def run(
     for left in ("trained", "delta") if keeper is not None and keeper.lasting else ():  # by a process that was killed
         shutil.rmtree(folder / left, ignore_errors=True)
     return _finished(model, folder, adaptation, lesson, fitted)
-
-
-CHECKS = 5
-
-
-def _adamw(adaptation: Adaptation) -> Optimizer:
-    return adaptation.default_optimizer()
 
 
 def prepared(model: Model, adaptation: Adaptation, methods: Methods, longest: int | None = None) -> Lesson:

@@ -31,8 +31,6 @@ from fivefold.training.loop import Group
 from fivefold.training.module import stored_name
 from fivefold.weights import read_solved, write_solved
 
-VECTOR_RATE = 1.0
-
 
 class Student:
     """`module` is the damaged model as loaded; trained copies replace its vectors, `weights()` its matrices."""
