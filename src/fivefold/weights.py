@@ -52,7 +52,7 @@ NUMPY = {
 }
 SIDE_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "quantization.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "layers.json",
 )
 
 

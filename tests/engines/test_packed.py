@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fivefold.engines._packed import PackedEmbedding, PackedLinear, load_packed, pack, packable, unpack, write_packed
+from fivefold.engines._layers import load_layers
+from fivefold.engines._layers.packed import PackedEmbedding, PackedLinear, pack, packable, unpack, write_packed
 from fivefold.errors import ModelError
 
 
@@ -46,7 +47,7 @@ def test_forward_equals_the_product_with_the_unpacked_matrix(rows: int, bits: in
     bias = torch.randn(width, generator=generator)
     x = torch.randn(2, rows, 192, generator=generator).bfloat16().float()
     want = x.double() @ unpack(packed).double().T + bias
-    got = PackedLinear(packed, bias)(x)
+    got = PackedLinear({**packed, "bias": bias} if bias is not None else packed)(x)
     assert got.dtype == x.dtype
     assert got.shape == want.shape
     assert (got - want).norm() / want.norm() < 0.01
@@ -80,7 +81,7 @@ def test_a_packed_folder_computes_like_the_unpacked_weights(tmp_path: Path, tied
     layers = {"model.layers.0.mlp.up_proj": (4, 32), "model.layers.1.self_attn.q_proj": (8, 0),
               "model.embed_tokens": (8, 0)}
     folder = write_packed(source, tmp_path / "packed", layers)
-    model = load_packed(folder, torch.float32)
+    model = load_layers(folder, torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(source)
     for name, (bits, group) in layers.items():
         weight = reference.get_submodule(name).weight
@@ -100,9 +101,14 @@ def test_damaged_packed_folders_are_told_in_one_sentence(tmp_path: Path) -> None
     with pytest.raises(ModelError, match="nowhere"):
         write_packed(source, tmp_path / "a", {"model.nowhere": (8, 0)})
     folder = write_packed(source, tmp_path / "b", {"model.layers.0.mlp.up_proj": (8, 0)})
-    manifest = folder / "quantization.json"
-    for bad in ("{", "[]", '{"version": 2, "layers": {}}', '{"version": 1, "layers": {"a": {"bits": 3}}}',
-                json.dumps({"version": 1, "layers": {"model.layers.9.mlp.up_proj": {"bits": 8, "group": 0}}})):
+    manifest = folder / "layers.json"
+    good = {"kind": "packed", "bits": 8, "group": 0}
+    for layers in ({"model.layers.9.mlp.up_proj": good}, {"model.layers.0.mlp.up_proj": {**good, "bits": 3}},
+                   {"model.layers.0.mlp.up_proj": {**good, "kind": "os"}}):
+        manifest.write_text(json.dumps({"version": 1, "layers": layers}))
+        with pytest.raises(ModelError):
+            load_layers(folder, torch.float32)
+    for bad in ("{", "[]", '{"version": 2, "layers": {}}', '{"version": 1, "layers": {"a": 3}}'):
         manifest.write_text(bad)
         with pytest.raises(ModelError):
-            load_packed(folder, torch.float32)
+            load_layers(folder, torch.float32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fivefold.engines import Sampling, open_session, torch_
-from fivefold.engines._packed import pack, unpack, write_packed
+from fivefold.engines._layers.packed import pack, unpack, write_packed
 from fivefold.errors import DataError, ModelError, NotFinite
 from fivefold.model import DecodePlan, Model, load
 from fivefold.testing import tiny_model

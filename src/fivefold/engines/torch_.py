@@ -2,7 +2,7 @@
 
 It is the reference: the weights are computed with as they are stored, so what another engine loses can be measured
 against it. It is not the fastest server on a CPU (every token passes through about a thousand small calls from
-Python), but the only engine for architectures nobody has ported, and it reads 8- and 4-bit folders (`_packed`) and
+Python), but the only engine for architectures nobody has ported, and it reads layers stored otherwise (`_layers`) and
 adapters beside the weights (`_adapter`).
 
 Only local files and safetensors are read, and no code that comes with a model is run. Prompt lookup checks a draft
@@ -15,6 +15,7 @@ Source: transformers, https://github.com/huggingface/transformers (Apache-2.0).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +52,7 @@ class TorchSession:
             torch.set_num_threads(model.run.threads)
         self.run, self.decode, self.blueprint = model.run, model.decode, model.blueprint
         self.vocab = model.blueprint.vocab
-        self.packed = (model.path / "quantization.json").is_file()
+        self.stored = (model.path / "layers.json").is_file()
         self._dtype = getattr(torch, model.run.dtype)
         with _one_sentence(model):
             self._model: Any = self._load(model)
@@ -59,10 +60,10 @@ class TorchSession:
         self._room = min(self.run.context, self._prefix.room() if self._prefix else self.run.context)
 
     def _load(self, model: Model) -> Any:
-        if self.packed:
-            from fivefold.engines._packed import load_packed
+        if self.stored:
+            from fivefold.engines._layers import load_layers
 
-            return load_packed(model.path, self._dtype)
+            return load_layers(model.path, self._dtype)
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
@@ -150,9 +151,8 @@ class TorchSession:
         }
 
     def _types(self) -> dict[str, int]:
-        packed = [m.bits for m in self._model.modules() if type(m).__name__ == "PackedLinear"]
-        counts = {f"int{bits}": packed.count(bits) for bits in sorted(set(packed))}
-        return {self.run.dtype: len(list(self._model.parameters())), **counts}
+        kinds = Counter(m.stored for m in self._model.modules() if isinstance(getattr(m, "stored", None), str))
+        return {self.run.dtype: len(list(self._model.parameters())), **dict(sorted(kinds.items()))}
 
     def close(self) -> None:
         self._model = None

@@ -7,10 +7,10 @@ weights is copied as it is.
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,21 @@ class Converted:
         return out.reshape(-1).view(np.uint8)
 
 
-def _of_packed(name: str, stored: Mapping[str, StoredTensor]) -> bool:
-    """Scales and offsets of 8- and 4-bit weights: the whole numbers were rounded against them as they are stored."""
-    module, _, kind = name.rpartition(".")
-    return kind in ("scale", "zero") and f"{module}.qweight" in stored
+def _otherwise_stored(folder: Path) -> list[str]:
+    """Modules listed in layers.json: their tensors belong together in the dtypes they were written in."""
+    try:
+        return list(json.loads((folder / "layers.json").read_text(encoding="utf-8"))["layers"])
+    except FileNotFoundError:
+        return []
 
 
 def write_folder(model: Model, folder: Path) -> Model:
     """Copy or convert `model.path` into `folder`, one tensor in memory at a time."""
     dtype = {"float32": "F32", "bfloat16": "BF16"}[model.run.dtype]
     stored = dict(read_tensors(model.path))
+    kept = tuple(f"{module}." for module in _otherwise_stored(model.path))
     tensors = {
-        name: Converted(tensor, dtype) if tensor.dtype in FLOATS and not _of_packed(name, stored) else tensor
+        name: Converted(tensor, dtype) if tensor.dtype in FLOATS and not name.startswith(kept) else tensor
         for name, tensor in stored.items()
     }
     with storage(folder):

@@ -39,6 +39,6 @@ def linear_shapes(model: Model, owner: str) -> tuple[Shapes, list[str]]:
 
 def packed(model: Model, technique: str, layers: Layers) -> Model:
     """A model whose `layers` (module -> bits, group) are packed, in a new folder."""
-    from fivefold.engines._packed import write_packed
+    from fivefold.engines._layers.packed import write_packed
 
     return model.but(path=write_packed(model.path, workspace(model, technique), layers))

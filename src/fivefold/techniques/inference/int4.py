@@ -55,7 +55,7 @@ class Int4(Technique):
 
     def _chosen(self, model: Model) -> tuple[Layers, list[str], Shapes, list[str]]:
         """What to pack (module -> bits, group), head modules to pack, all linear layers, and those that do not fit."""
-        from fivefold.engines._packed import packable
+        from fivefold.engines._layers.packed import packable
 
         shapes, head = linear_shapes(model, str(self))
         misfits = [name for name, shape in shapes.items() if not packable(*shape, 4, self.group)]

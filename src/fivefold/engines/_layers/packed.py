@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits in the torch engine: the folder format, and a linear layer that computes from it.
+"""Weights of 8 or 4 bits: a linear layer and an embedding that compute from them.
 
 Decoding one token reads every weight once, so time falls with their bytes. Weights are stored as whole numbers q and
 turned back as
@@ -14,15 +14,12 @@ than FEW rows of activations, 8-bit weights are turned back once for all of them
 4-bit kernel's layout differs between CPUs, so it is used for any number of rows. Measured on one core with AVX-512,
 1536 x 576, one row of activations, weights not in the cache: float32 363 us, bfloat16 251, 8 bits 137, 4 bits 51.
 
-A folder is a Hugging Face folder in which `quantization.json` lists the packed modules,
-{"version": 1, "layers": {"model.layers.0.mlp.up_proj": {"bits": 4, "group": 64}, ...}}, and `<module>.weight` is
-replaced by `<module>.qweight`, `.scale` and `.zero`. 4-bit columns lie two in a byte, the even one low. A packed
-embedding (8 bits only) also serves as the output head when the model ties them.
+`<module>.weight` is replaced by `.qweight`, `.scale` and, of 4 bits, `.zero`; 4-bit columns lie two in a byte, the even
+one low. A packed embedding (8 bits only) also serves as the output head when the model ties them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fivefold.engines._layers import write_layers
 from fivefold.errors import ModelError
-from fivefold.weights import read_tensors, write_safetensors_folder
+from fivefold.weights import StoredTensor
 
-MANIFEST = "quantization.json"
+TENSORS = ("qweight", "scale", "zero", "bias")
 GROUPS = (32, 64, 128, 256)
 FEW = 8
 
@@ -79,10 +77,12 @@ def _nibbles(q: Tensor) -> Tensor:
 class PackedLinear(nn.Module):
     """A linear layer over `pack`ed tensors: (..., columns) -> (..., rows), in the dtype of its input."""
 
-    def __init__(self, packed: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
+    def __init__(self, packed: Mapping[str, Tensor]) -> None:
         super().__init__()
+        bias = packed.get("bias")
         self.scale = nn.Buffer(packed["scale"])
         self.bits = 4 if "zero" in packed else 8
+        self.stored = f"int{self.bits}"
         self.out_features = len(self.scale)
         self.bias = None if bias is None else nn.Buffer(bias)
         if self.bits == 8:
@@ -122,81 +122,31 @@ class PackedEmbedding(nn.Module):
         self.qweight, self.scale = nn.Buffer(packed["qweight"]), nn.Buffer(packed["scale"])
         self.dtype = dtype
 
+    def as_head(self) -> PackedLinear:
+        return PackedLinear({"qweight": self.qweight, "scale": self.scale})
+
     def forward(self, ids: Tensor) -> Tensor:
         return (self.qweight[ids].float() * self.scale[ids].float()[..., None]).to(self.dtype)
+
+
+def build(
+    old: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype
+) -> PackedLinear | PackedEmbedding:
+    if settings["bits"] not in (4, 8):
+        raise ValueError(settings["bits"])
+    return PackedEmbedding(tensors, dtype) if isinstance(old, nn.Embedding) else PackedLinear(tensors)
 
 
 def write_packed(source: Path, target: Path, layers: Mapping[str, tuple[int, int]]) -> Path:
     """Copy the model folder `source` to the new folder `target` with `layers` (module -> bits, group) packed.
 
-    One matrix is in memory at a time in float. Raises ModelError when a layer is not there or cannot be packed.
+    Raises ModelError when a layer is not there or cannot be packed.
     """
-    stored = dict(read_tensors(source))
-    tensors: dict[str, Any] = dict(stored)
-    for name, (bits, group) in layers.items():
-        weight = tensors.pop(f"{name}.weight", None)
-        if weight is None or len(weight.shape) != 2 or not packable(weight.shape[0], weight.shape[1], bits, group):
+    def make(name: str, weight: StoredTensor, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        bits, group = settings["bits"], settings["group"]
+        if len(weight.shape) != 2 or not packable(weight.shape[0], weight.shape[1], bits, group):
             raise ModelError(f"{name} of {source} cannot be packed to {bits} bits in groups of {group}; leave it out")
-        tensors.update({f"{name}.{k}": v for k, v in pack(weight.torch(), bits, group).items()})
-    manifest = {"version": 1, "layers": {n: {"bits": b, "group": g} for n, (b, g) in layers.items()}}
-    text = json.dumps(manifest, indent=1) + "\n"
-    return write_safetensors_folder(target, tensors, like=source, texts={MANIFEST: text})
+        return pack(weight.torch(), bits, group)
 
-
-def read_manifest(folder: Path) -> dict[str, dict[str, int]]:
-    """The `layers` of quantization.json. Raises ModelError when it is not what `write_packed` writes."""
-    file = folder / MANIFEST
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        layers: dict[str, dict[str, int]] = data["layers"]
-        if data["version"] == 1 and all(layer["bits"] in (4, 8) for layer in layers.values()):
-            return layers
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        pass
-    raise ModelError(f"{file} is not a list of packed layers this version reads; make the artifact again")
-
-
-def load_packed(folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The transformers model of a packed folder; what is not packed is in `dtype`. Raises ModelError."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    layers = read_manifest(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    tensors = {name: stored.torch() for name, stored in read_tensors(folder)}
-    for name in layers:
-        _replace(model, name, tensors, dtype, folder)
-    rest = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
-    _, surplus = model.load_state_dict(rest, strict=False, assign=True)
-    if getattr(config, "tie_word_embeddings", False):
-        _tie(model)
-    lacking = [n for n, p in model.named_parameters() if p.is_meta]
-    if lacking or surplus:
-        what = f"lacks {lacking[0]}" if lacking else f"holds {surplus[0]}, which the model has not"
-        raise ModelError(f"{folder} {what}; make the artifact again")
-    return model.eval()
-
-
-def _replace(model: nn.Module, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
-    packed = {k: t for k in ("qweight", "scale", "zero") if (t := tensors.pop(f"{name}.{k}", None)) is not None}
-    try:
-        old = model.get_submodule(name)
-        parent, _, leaf = name.rpartition(".")
-        bias = tensors.pop(f"{name}.bias", None)
-        new = PackedEmbedding(packed, dtype) if isinstance(old, nn.Embedding) else PackedLinear(packed, bias)
-    except (AttributeError, KeyError, RuntimeError):
-        raise ModelError(f"{folder} has no usable packed layer {name[:80]!r}; make the artifact again") from None
-    setattr(model.get_submodule(parent), leaf, new)
-
-
-def _tie(model: nn.Module) -> None:
-    embedding: Any = model.get_input_embeddings()
-    if isinstance(embedding, PackedEmbedding):
-        head: nn.Module = PackedLinear({"qweight": embedding.qweight, "scale": embedding.scale})
-        model.set_output_embeddings(head)
-    else:
-        head = model.get_output_embeddings()
-        if not isinstance(head, PackedLinear):
-            head.weight = embedding.weight
+    settings = {name: {"kind": "packed", "bits": bits, "group": group} for name, (bits, group) in layers.items()}
+    return write_layers(source, target, settings, make)
