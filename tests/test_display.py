@@ -87,7 +87,7 @@ REFUSED = Forecast(recipe=Recipe.parse("full"), plan=TrainPlan(), needs=NEEDS, r
 
 def planned(*found: Forecast, resumed: int = 0) -> Planned:
     return Planned(forecasts=found, chosen=FITS, budget=TrainingBudget(), rows=190, held_out=10, tokens=5000,
-                   resumed=resumed)
+                   judged="9 rows", resumed=resumed)
 
 
 def progress(step: int, **more: object) -> Progress:
@@ -106,7 +106,7 @@ def said(*events: object, **console: object) -> str:
 
 def test_forecasts_show_what_fits_what_does_not_and_what_it_is_made_of() -> None:
     text = said(planned(FITS, REFUSED, resumed=40))
-    assert "190 examples (5,000 tokens), 10 more held out" in text
+    assert "190 examples (5,000 tokens), 10 more held out, judged on 9 rows" in text
     row = next(line for line in text.splitlines() if line.startswith("lora(rank=4) "))
     assert row.split() == ["lora(rank=4)", "12,345", "648", "MB", "90", "s", "400", "J", "$0.002", "chosen"]
     assert "not full: needs 4 GB of memory; the largest part is the weights (2 GB)" in text

@@ -18,6 +18,7 @@ from fivefold.recipe import Recipe
 from fivefold.study.forecast import LEAST_STEPS, Forecast, choose, forecast, ways
 from fivefold.study.resident import Added
 from fivefold.study.surroundings import REACHED, Steps
+from fivefold.study.train import JUDGING, LEAST_ITEMS, affordable, prepared
 from fivefold.testing import tiny_model
 from fivefold.testing.contract import sentence
 from fivefold.testing.tiny import tiny_examples
@@ -96,6 +97,20 @@ def test_a_time_limit_shortens_the_run(tiny: Model, data: Path) -> None:
     assert half.plan.seconds == pytest.approx(free.seconds / 2 - judging)
     given = one(tiny, data, "lora", f"time<={free.seconds / 2!r}s", steps=10**6)
     assert given.seconds == half.seconds, "steps that were asked for are no exception"
+
+
+def test_judging_takes_a_part_of_a_limit_and_fewer_rows(tiny: Model, tmp_path: Path) -> None:
+    data = tiny_examples(tmp_path / "many.jsonl", 1200)
+    whole = around(asked(tiny, data, Path("nowhere"), items=100))
+    assert len(whole.exam.rows) > 2 * LEAST_ITEMS
+    for share, most in ((2.0, len(whole.exam.rows)), (0.7, 0.7 * len(whole.exam.rows)), (0.0, LEAST_ITEMS)):
+        limit = share * whole.judging_seconds() / JUDGING
+        request = asked(tiny, data, Path("nowhere"), f"time<={limit!r}s", items=100)
+        given = around(request)
+        found = affordable(request, given, prepared(request)[1][1])
+        assert most - 1 <= len(found.exam.rows) <= most
+        if share == 0.7:
+            assert found.judging_seconds() == pytest.approx(JUDGING * limit, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["energy", "money"])

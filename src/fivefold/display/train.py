@@ -85,7 +85,8 @@ def _say(out: Console, text: str | Text) -> None:
 
 def forecasts(planned: Planned, out: Console) -> None:
     """The ways that were considered: those that fit, and why the others do not."""
-    _say(out, f"{planned.rows} examples ({planned.tokens:,} tokens), {planned.held_out} more held out")
+    _say(out, f"{planned.rows} examples ({planned.tokens:,} tokens), {planned.held_out} more held out, judged on"
+              f" {planned.judged}")
     grid = table("way", "trains", "memory", "time", "energy", "money", "", right=("trains", "memory", "time"))
     for one in (f for f in planned.forecasts if not f.why_not):
         style = "bold" if one is planned.chosen else ""

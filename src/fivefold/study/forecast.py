@@ -96,14 +96,14 @@ def _at(
     steps = Steps.of(stream, plan.at_once)
     shapes = adaptation.shapes(blueprint)
     held = around.process(adaptation.libraries)
+    wanted = plan.steps or max(1, math.ceil(plan.epochs * steps.number))
     need = needs(
         blueprint, plan, methods, element=around.element, process=held.peak, optimizer=optimizer,
         fused=adaptation.fused and optimizer.needs_gradients, whole=adaptation.whole, shapes=shapes,
         kept_layers=methods.saving.kept_layers(blueprint) if methods.saving else None, stored=around.stored,
-        same=around.same, learned=steps.learned_at_once, entered=held.entered,
+        same=around.same, learned=steps.learned_at_once, entered=held.entered, steps=wanted,
     )
     per_step = seconds_per_step(steps, stream.length, methods, adaptation, around)
-    wanted = plan.steps or max(1, math.ceil(plan.epochs * steps.number))
     limit, judging = around.allowed()[0], around.judging_seconds()
     training = max(0.0, limit - judging)
     done = min(wanted, int(training / per_step)) if math.isfinite(training) else wanted

@@ -24,7 +24,7 @@ LIMITS = {"epochs": (1e-3, 1e6), "steps": (0, 1e9), "tokens_per_step": (32, 1e7)
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What was forecast and what was chosen; `resumed` steps are done already."""
+    """What was forecast and what was chosen; `resumed` steps are done already, and it will be `judged` on that."""
 
     forecasts: tuple[Forecast, ...]
     chosen: Forecast
@@ -32,6 +32,7 @@ class Planned:
     rows: int
     held_out: int
     tokens: int
+    judged: str = ""
     resumed: int = 0
 
 

@@ -29,12 +29,13 @@ from fivefold.recipe import Recipe
 from fivefold.study.forecast import Forecast, choose, forecast, ways
 from fivefold.study.judged import Exam
 from fivefold.study.request import Finished, Listener, Planned, Request
-from fivefold.study.run_folder import LOG, RunFolder
+from fivefold.study.run_folder import LOG, RunFolder, exam_of
 from fivefold.study.surroundings import Surroundings
 from fivefold.study.watch import Watch
 from fivefold.training.checkpoint import STATE
 from fivefold.training.data import Examples
 
+JUDGING, LEAST_ITEMS = 0.25, 24
 REFUSED = ("allocate memory", "could not create a primitive")
 """What an allocation that fails is called by torch, by the system, and by the library of matrix products."""
 
@@ -64,7 +65,7 @@ def _train(request: Request, folder: RunFolder, listen: Listener) -> Finished:
     window = metered(machine=machine, prices=prices)
     with naming_a_way_out(model, request.out, planned) as told, window:
         before = folder.taken(window.so_far())
-        folder.begin(request, planned.chosen, exam, before or Cost.nothing())
+        folder.begin(request, planned.chosen, around.exam, before or Cost.nothing())
         folder.cut(begun["step"])
         per_step = planned.tokens / len(around.stream(planned.chosen.plan).epoch(0))
         with Watch(
@@ -76,7 +77,7 @@ def _train(request: Request, folder: RunFolder, listen: Listener) -> Finished:
             done = left(run(ready, folder.work(), parts=parts, listen=watch, enough=watch.enough, keeper=keeper))
     cost = window.cost if before is None else before + window.cost
     listen("measuring in the serving engine")
-    finished = sealed(request, planned, done, cost, exam)
+    finished = sealed(request, planned, done, cost, around.exam)
     folder.clear()
     return finished
 
@@ -110,17 +111,30 @@ def _plan(
     train_part, held_part = parts
     around = surroundings(request, model, train_part, exam, machine, prices, listen)
     if begun is None:
+        around = affordable(request, around, held_part)
         found = [forecast(recipe, around) for recipe in ways(request.recipe)]
         chosen = choose(found, request.budget)
     else:
-        found, chosen = [begun], begun
+        found, chosen, around = [begun], begun, replace(around, exam=exam_of(request.out))
         if request.budget.memory is not None and begun.most > request.budget.memory:
             raise Infeasible(f"the run in {request.out} needs {show(begun.most, 'byte')} of memory; allow it, or begin"
                              " a smaller one in another --out")
     return Planned(
         forecasts=tuple(found), chosen=chosen, budget=request.budget, rows=len(train_part),
-        held_out=len(held_part), tokens=train_part.tokens,
+        held_out=len(held_part), tokens=train_part.tokens, judged=str(around.exam),
     ), around
+
+
+def affordable(request: Request, around: Surroundings, held: Examples) -> Surroundings:
+    """With so few of the items that judging takes at most the share `JUDGING` of what the limits leave."""
+    share = JUDGING * around.allowed()[0] / max(around.judging_seconds(), 1e-9)
+    if share >= 1:
+        return around
+    asked = around.exam.asked
+    most = max(len(around.exam.rows), len(asked.items) if asked else 0)
+    items = max(min(LEAST_ITEMS, most), int(share * most))
+    exam = Exam.set(around.model, held, request.task, request.test, items=items, template=request.template)
+    return replace(around, exam=exam)
 
 
 def surroundings(

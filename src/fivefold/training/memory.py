@@ -65,21 +65,22 @@ def needs(
     blueprint: Blueprint, plan: TrainPlan, methods: Methods, *, element: int, process: float, optimizer: Optimizer,
     fused: bool, kept_layers: float | None = None, whole: bool = True, shapes: Shapes | None = None,
     stored: int = 4, same: bool = False, learned: int | None = None, entered: float | None = None,
+    steps: int = 0,
 ) -> Needs:
     """`element` is the bytes of a weight as computed with; `kept_layers` the layers whose activations are all kept.
 
     `whole`: the model's own matrices are trained; `shapes` of what is trained (default: all of them). The files hold
     `stored` bytes per number, in the `same` type that is computed with or another. `learned` targets, at most, pass
     the head together (default: all positions). `entered` is what the process holds when weights are read (default:
-    `process`; some of that is taken by the first steps).
+    `process`; some of that is taken by the first steps). A run of `steps` may not reach every block (0: it does).
     """
     trained = shapes if shapes is not None else model_shapes(blueprint)
     sizes = {name: math.prod(shape) for name, shape in trained.items()}
-    live = optimizer.at_once(trained)
+    live = optimizer.at_once(trained, steps)
     resident = methods.saving.resident if methods.saving else sum
     width = element if whole else 4
     held = carry_bytes(plan.held) if whole and element == 2 else 0
-    largest = max(sizes.values(), default=0)
+    largest = max((sizes[name] for name in live), default=0)
     adaptation = methods.adaptation
     sizes_of_all = (math.prod(shape) for shape in model_shapes(blueprint).values())
     weights = adaptation.weight_bytes(blueprint, element) if adaptation else float(element * sum(sizes_of_all))
@@ -87,7 +88,7 @@ def needs(
     if optimizer.needs_gradients:
         gradients = float(width * (largest if fused else sum(sizes[name] for name in live)))
     beside = float(resident([held * size for size in sizes.values()]))
-    exact = beside + (4 + stored) * largest if held else 0.0
+    exact = beside + (4 + stored) * max(sizes.values(), default=0) if held else 0.0
     files = adaptation.mapped(blueprint, stored, same) if adaptation else float(stored * blueprint.parameters)
     twice = blueprint.tied and whole and "embedding" in live and optimizer.needs_gradients
     layers = blueprint.layers if kept_layers is None else kept_layers
@@ -105,7 +106,7 @@ def needs(
         beside=beside, gradients=gradients,
         state=float(resident([optimizer.state_bytes(shape) for shape in live.values()])), activations=kept,
         head=_head(blueprint, min(plan.at_once, learned or plan.at_once), element,
-                   whole and "embedding" in trained and optimizer.needs_gradients),
+                   whole and "embedding" in live and optimizer.needs_gradients),
     )
 
 

@@ -27,8 +27,9 @@ class Optimizer:
         """Bytes `state` takes for a parameter of this shape, by formula."""
         return 0
 
-    def at_once(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
-        """Those of `shapes` that have a gradient and a state at the same time, at most: for the memory formula."""
+    def at_once(self, shapes: Mapping[str, tuple[int, ...]], steps: int = 0) -> Mapping[str, tuple[int, ...]]:
+        """Those of `shapes` that have a gradient and a state at the same time, at most, within `steps` (0: any number):
+        for the memory formula."""
         return shapes
 
     def begin(

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_split_weights_keep_every_half() -> None:
     write(weight, torch.full((100,), 0.1), near, None)
     badam.update(weight, torch.ones(100), state, near, 1e-5, 1, None)
     torch.testing.assert_close(read(weight, near), torch.full((100,), 0.1 - 1e-5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("order", ["random", "ascending"])
+def test_a_short_run_needs_what_its_own_blocks_need(order: Literal["random", "ascending"]) -> None:
+    shapes = {"embedding": (900, 8), "layer0.q": (8, 8), "layer1.q": (8, 16), "layer2.q": (8, 32)}
+    badam = BAdam(every=2, order=order, seed=3)
+    for steps in range(1, 9):
+        reached = {badam.active(step, shapes) for step in range(1, steps + 1)}
+        wanted = max((n for n in shapes if block_of(n) in reached), key=lambda n: badam.state_bytes(shapes[n]))
+        assert list(badam.at_once(shapes, steps)) == [wanted]
+    assert list(badam.at_once(shapes)) == list(badam.at_once(shapes, 100)) == ["embedding"]
 
 
 def test_state_is_the_formula_of_the_largest_block(tmp_path: Path) -> None:

@@ -40,9 +40,12 @@ class BAdam(Optimizer):
     def state_bytes(self, shape: tuple[int, ...]) -> int:
         return self.adam.state_bytes(shape) + (2 * math.prod(shape) if self.halves else 0)
 
-    def at_once(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, tuple[int, ...]]:
-        """The block with the largest state."""
-        blocks = [{n: s for n, s in shapes.items() if block_of(n) == b} for b in {block_of(n) for n in shapes}]
+    def at_once(self, shapes: Mapping[str, tuple[int, ...]], steps: int = 0) -> Mapping[str, tuple[int, ...]]:
+        """Of the blocks that come within `steps`, the one with the largest state."""
+        seen = {block_of(n) for n in shapes}
+        if 0 < steps <= self.every * len(seen):
+            seen = {self.active(step, shapes) for step in range(1, steps + 1, self.every)}
+        blocks = [{n: s for n, s in shapes.items() if block_of(n) == b} for b in seen]
         return max(blocks, key=lambda block: sum(self.state_bytes(s) for s in block.values()), default={})
 
     def active(self, step: int, names: Iterable[str]) -> int:
