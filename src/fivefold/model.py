@@ -34,6 +34,7 @@ class Trait(enum.StrEnum):
     UNFITTED = "weights not yet fitted to earlier damage"
     TORCH_GRAPH = "torch graph"
     FULL_DEPTH = "full depth"
+    FULL_WIDTH = "full width"
     UNIFORM_LAYERS = "uniform layer shape"
     EXACT_ATTENTION = "exact softmax attention"
     FULL_CACHE = "full-precision key-value cache"

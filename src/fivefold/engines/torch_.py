@@ -14,10 +14,8 @@ Source: transformers, https://github.com/huggingface/transformers (Apache-2.0).
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,8 +24,10 @@ from numpy.typing import NDArray
 from fivefold.engines import Sampling
 from fivefold.engines._adapter import attach
 from fivefold.engines._drafting import generated, groups
+from fivefold.engines._kivi_type import KiviType
 from fivefold.engines._sampling import BROKEN, drawer, log_softmax
-from fivefold.errors import DataError, ModelError, NotFinite, OutOfMemory
+from fivefold.engines._torch_errors import check_loaded, memory, one_sentence
+from fivefold.errors import DataError, NotFinite
 from fivefold.model import Model
 
 FORMATS = ("safetensors",)
@@ -54,10 +54,16 @@ class TorchSession:
         self.vocab = model.blueprint.vocab
         self.stored = (model.path / "layers.json").is_file()
         self._dtype = getattr(torch, model.run.dtype)
-        with _one_sentence(model):
+        with one_sentence(model):
             self._model: Any = self._load(model)
             self._prefix, self.adapter = attach(self._model, model.path)
         self._room = min(self.run.context, self._prefix.room() if self._prefix else self.run.context)
+        self._before = self._prefix.length if self._prefix else 0
+        self._kivi = KiviType.parse(self.run.cache_type)
+        if self._kivi:
+            from fivefold.engines._kivi import check
+
+            check(self._model.config, self._kivi)
 
     def _load(self, model: Model) -> Any:
         if self.stored:
@@ -73,7 +79,7 @@ class TorchSession:
             model.path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=self._dtype,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )
-        _check_loaded(model, report)
+        check_loaded(model, report)
         return loaded.eval()
 
     def score(self, tokens: Sequence[int]) -> NDArray[np.float32]:
@@ -82,8 +88,8 @@ class TorchSession:
         cache: Any = None
         for first in range(0, len(ids), SCORED):
             part = ids[first : first + SCORED]
-            logits, cache = self._forward([part], cache, keep=len(part))
-            log_softmax(logits[0], out[first : first + len(part)])
+            logits, cache = self._as_decoded(part, cache)
+            log_softmax(logits, out[first : first + len(part)])
         if np.isnan(out[:, 0]).any():
             raise NotFinite(BROKEN)
         return out
@@ -92,16 +98,31 @@ class TorchSession:
         """Logits of the last `keep` places, float32 (batch, keep, vocab), and the cache with these tokens in it."""
         import torch
 
-        with torch.inference_mode(), _memory():
+        with torch.inference_mode(), memory():
+            fresh, mask = cache is None, more.get("attention_mask")
             if self._prefix is not None:
                 cache, more = self._prefix.before(len(rows), cache, more)
+            if self._kivi and fresh:
+                from fivefold.engines._kivi import KiviCache
+
+                cache = KiviCache(self._kivi, slack=self.decode.lookup_tokens, before=cache, mask=mask)
             ids = torch.tensor(rows)
             out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **more)
             return out.logits.float().numpy(), out.past_key_values
 
+    def _as_decoded(self, text: Sequence[int], cache: Any) -> tuple[NDArray[np.float32], Any]:
+        """Logits of every token of a text after `cache`: each sees what it would see if they came one at a time."""
+        held = self._before if cache is None else cache.get_seq_length()
+        logits, first = [], 0
+        for size in self._kivi.pieces(held, len(text)) if self._kivi else (len(text),):
+            part, cache = self._forward([text[first : first + size]], cache, keep=size)
+            logits.append(part[0])
+            first += size
+        return logits[0] if len(logits) == 1 else np.concatenate(logits), cache
+
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
-        text = _Text(self._forward, ids, self._prefix.length if self._prefix else 0)
+        text = _Text(self._forward, self._as_decoded, ids, self._before)
         return generated(text, ids, max_tokens, self.decode, drawer(sampling), sampling.stop)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -144,11 +165,16 @@ class TorchSession:
             "dtype": self.run.dtype,
             "tensor_types": self._types(),
             "weight_bytes": sum(seen.values()),
-            "cache_type": self.run.dtype,
-            "cache_bytes_per_token": self.blueprint.cache_bytes_per_token(self._dtype.itemsize),
+            "cache_type": str(self._kivi or self.run.dtype),
+            "cache_bytes_per_token": self.blueprint.cache_bytes_per_token(self._cache_element()),
             "lookup_tokens": self.decode.lookup_tokens,
             **({"adapter": self.adapter} if self.adapter else {}),
         }
+
+    def _cache_element(self) -> float:
+        """Bytes per element, on average over a full context."""
+        size: int = self._dtype.itemsize
+        return self._kivi.mean_bytes(self.run.context, size) if self._kivi else size
 
     def _types(self) -> dict[str, int]:
         kinds = Counter(m.stored for m in self._model.modules() if isinstance(getattr(m, "stored", None), str))
@@ -173,54 +199,15 @@ class TorchSession:
         return ids
 
 
-def _check_loaded(model: Model, report: Mapping[str, Any]) -> None:
-    """Every weight the config describes was there in its shape, and no layer is left over."""
-    if report["missing_keys"]:
-        raise ModelError(f"{model.path} lacks the weights {min(report['missing_keys'])}; copy the model again")
-    if report["mismatched_keys"]:
-        name, stored, described = min(report["mismatched_keys"])
-        raise ModelError(
-            f"{model.path} holds {name} in shape {list(stored)} and its config.json describes {list(described)};"
-            " copy the model again"
-        )
-    for name in sorted(report["unexpected_keys"]):
-        layer = re.match(r"(?:\w+\.)?(?:layers|h)\.(\d+)\.", name)
-        if layer and int(layer[1]) >= model.blueprint.layers:
-            raise ModelError(
-                f"{model.path} holds {name} and its config.json describes {model.blueprint.layers} layers;"
-                " correct config.json or copy the model again"
-            )
-
-
-@contextmanager
-def _memory() -> Iterator[None]:
-    """PyTorch's refused allocation, as the typed outcome of a trial."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise OutOfMemory("torch could not allocate memory for this batch and context") from None
-        raise
-
-
-@contextmanager
-def _one_sentence(model: Model) -> Iterator[None]:
-    """What transformers and safetensors raise on a folder they cannot load, as ModelError."""
-    from safetensors import SafetensorError
-
-    try:
-        with _memory():
-            yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise ModelError(f"transformers cannot load {model.path} ({said}); check the folder") from None
-
-
 class _Text:
     """`_drafting.Passes` with a cache of its own, in which `before` places are taken before the text."""
 
-    def __init__(self, forward: Callable[..., tuple[Any, Any]], prompt: list[int], before: int = 0) -> None:
-        self.forward, self.prompt, self.before, self.filled = forward, prompt, before, len(prompt)
+    def __init__(
+        self, forward: Callable[..., tuple[Any, Any]], decoded: Callable[..., tuple[Any, Any]], prompt: list[int],
+        before: int,
+    ) -> None:
+        self.forward, self.decoded, self.prompt = forward, decoded, prompt
+        self.before, self.filled = before, len(prompt)
         self.cache: Any = None
 
     def first(self) -> Sequence[NDArray[np.float32]]:
@@ -232,6 +219,6 @@ class _Text:
         if kept < self.filled:
             self.cache.crop(self.before + kept)
         self.filled = kept + 1 + len(draft)
-        logits, self.cache = self.forward([[token, *draft]], self.cache, keep=1 + len(draft))
-        rows: Sequence[NDArray[np.float32]] = logits[0]
+        rows: Sequence[NDArray[np.float32]]
+        rows, self.cache = self.decoded([token, *draft], self.cache)
         return rows

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
+from fivefold.engines._kivi_type import KiviType
 from fivefold.model import Model
 from fivefold.quantity import Quantity
 
@@ -101,6 +102,8 @@ def cache_bytes(model: Model, described: dict[str, Any]) -> Quantity:
         return Quantity(value=float(told), unit="byte/token", method="counted")
     if model.format == "safetensors":
         element: float | None = 2.0 if model.run.dtype == "bfloat16" else 4.0
+        if element and (kivi := KiviType.parse(model.run.cache_type)):
+            element = kivi.mean_bytes(model.run.context, element)
     else:
         element = _CACHE_BYTES.get(model.run.cache_type)
     if element is None:

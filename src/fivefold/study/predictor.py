@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any
 
 from fivefold.engines import default_engine
+from fivefold.engines._kivi_type import KiviType
 from fivefold.engines._type_speed import ROUGH as NOISY
 from fivefold.engines._type_speed import TypeSpeeds, known
 from fivefold.machine import Machine
@@ -115,14 +116,17 @@ class Predictor:
         storage = model.export.default if model.export.format == "gguf" else _DTYPE_TYPE[model.run.dtype]
         if average is not None:
             storage = f"{average:.0f} bits"
-        cache = model.run.cache_type if engine != "torch" else _DTYPE_TYPE[model.run.dtype]
+        kivi = KiviType.parse(model.run.cache_type)
+        cache = model.run.cache_type if kivi or engine != "torch" else _DTYPE_TYPE[model.run.dtype]
+        exact = bits(_DTYPE_TYPE[model.run.dtype] if kivi else cache) / 8
         traits = Traits(
             engine=engine, storage=storage, threads=_spelled(model.run.threads), cache="" if cache == "f16" else cache,
             batch=_spelled(model.run.batch - 1), lookup=_spelled(model.decode.lookup_tokens),
         )
         return Outline(
             engine=engine, storage=storage, weight_bytes=self._weight_bytes(recipe, model), blueprint=model.blueprint,
-            threads=model.run.threads, batch=model.run.batch, cache_bytes=bits(cache) / 8,
+            threads=model.run.threads, batch=model.run.batch,
+            cache_bytes=kivi.mean_bytes(model.run.context, exact) if kivi else exact,
             dtype=model.run.dtype if engine == "torch" else "float32", traits=traits,
             work=self._work(recipe, model) if engine == "llama.cpp" and self.speeds else None,
         )

@@ -8,7 +8,8 @@ gradients follow from the logits alone,
 
 so a chunk of tokens is carried through to its gradients in the forward pass and its logits are dropped:
 `CHUNK` x v x 4 bytes at a time. Exact: nothing is approximated. Rows whose target is `IGNORE` (the prompt, when the
-loss is on answers only) never reach the head, which saves their share of its arithmetic too.
+loss is on answers only) never reach the head, which saves their share of its arithmetic too. Any loss that is a sum
+over tokens of a function of their logits goes the same way (`through_head`; `divergence` has those of distillation).
 
 It does not help when the vocabulary is small or the head is a small part of the model.
 
@@ -17,7 +18,12 @@ Source: the chunked and fused form is Cut Cross-Entropy's observation, Wijmans e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+Slope = Callable[[torch.Tensor, slice, torch.Tensor | None], torch.Tensor]
+"""(float32 logits of some rows; which rows; where their gradient is written, None: nowhere) -> sum of the losses."""
 
 IGNORE = -100
 CHUNK = 128
@@ -27,7 +33,7 @@ TOGETHER = 1024
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale):  # type: ignore[no-untyped-def]
+    def forward(ctx, hidden, weight, slope, scale):  # type: ignore[no-untyped-def]
         trains_hidden, trains_head = ctx.needs_input_grad[:2]
         of_hidden = torch.empty_like(hidden) if trains_hidden else None
         of_weight = None
@@ -41,7 +47,7 @@ class _HeadLoss(torch.autograd.Function):
                     gradient = kept[near]
                 else:
                     gradient = block.new_empty(len(block[near]), len(weight)) if trains_hidden else None
-                total += _chunk(block[near], weight, targets[rows], gradient)
+                total += slope((block[near] @ weight.T).float(), rows, gradient)
                 if trains_hidden:
                     torch.mm(gradient, weight, out=of_hidden[rows])
             if kept is not None:
@@ -57,11 +63,17 @@ class _HeadLoss(torch.autograd.Function):
         return (*(None if g is None else g.mul_(factor) for g in ctx.saved_tensors), None, None)
 
 
-def _chunk(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None
-) -> torch.Tensor:
+def through_head(hidden: torch.Tensor, weight: torch.Tensor, slope: Slope, scale: float) -> torch.Tensor:
+    """scale x the sum of `slope` over all rows of the logits hidden (n, d) x weight (v, d)'; differentiable in both."""
+    if not torch.is_grad_enabled():
+        weight = weight.detach()
+    total: torch.Tensor = _HeadLoss.apply(hidden, weight, slope, scale)
+    return total
+
+
+def _next_token(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
     """Sum of the losses; softmax - onehot is written into `gradient` when it is wanted."""
-    logs = torch.log_softmax((hidden @ weight.T).float(), -1)
+    logs = torch.log_softmax(logits, -1)
     rows = torch.arange(len(targets), device=targets.device)
     loss = -logs[rows, targets].sum()
     if gradient is not None:
@@ -81,7 +93,5 @@ def head_loss(
     where = (wanted != IGNORE).nonzero().squeeze(-1)
     if len(where) < len(wanted):
         flat, wanted = flat[where], wanted[where]
-    if not torch.is_grad_enabled():
-        weight = weight.detach()
-    total: torch.Tensor = _HeadLoss.apply(flat, weight, wanted, 1.0 / max(1, len(wanted) if count is None else count))
-    return total
+    return through_head(flat, weight, lambda logits, rows, gradient: _next_token(logits, wanted[rows], gradient),
+                        1.0 / max(1, len(wanted) if count is None else count))

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -55,6 +55,39 @@ class Trained:
     beside: bool = False
 
 
+class Teaching(Protocol):
+    """What is learned from batches, and how it is judged, where that is not the next token."""
+
+    loss: Callable[[Batch], torch.Tensor]
+    held_loss: Callable[[Batch], torch.Tensor]
+
+    def batches(self, batches: Sequence[Batch], step: int) -> list[Batch]:
+        """Those of 0-based `step`, given the text's own."""
+        ...
+
+
+class NextToken:
+    def __init__(self, loss: Callable[[Batch], torch.Tensor]) -> None:
+        self.loss = self.held_loss = loss
+
+    def batches(self, batches: Sequence[Batch], step: int) -> list[Batch]:
+        return list(batches)
+
+
+@dataclass(frozen=True, eq=False)
+class Taught:
+    """A stream whose batches are made what `teaching` makes of them."""
+
+    stream: Stream
+    teaching: Teaching
+
+    def step(self, number: int) -> list[Batch]:
+        return self.teaching.batches(self.stream.step(number), number)
+
+    def epoch(self, number: int) -> list[list[list[int]]]:
+        return self.stream.epoch(number)
+
+
 def examples_of(model: Model) -> tuple[Examples, Examples]:
     """(training part, held-out part) of the plan's data. Raises DataError."""
     plan = model.train
@@ -74,12 +107,12 @@ def train(model: Model) -> Model:
 def run(
     model: Model, folder: Path, *, keeper: Keeper | None = None, listen: Callable[[Step], None] = lambda step: None,
     parts: tuple[Examples, Examples] | None = None, planned: Callable[[TrainPlan], None] = lambda plan: None,
-    enough: Callable[[], str] = lambda: "",
+    enough: Callable[[], str] = lambda: "", teaching: Callable[[Lesson], Teaching] | None = None,
 ) -> Trained:
     """Train `model` by its plan; `folder` receives `trained/` (the weights) and `delta/` (what was learned).
 
     `keeper` makes checkpoints, and resumes from one. `planned` hears the plan with its number of steps, and `enough`
-    says when to end before the last of them.
+    says when to end before the last of them. `teaching` asks the module for something else than the next token.
     """
     train_part, held_part = parts or examples_of(model)
     model = model.but(train=completed(model.train))
@@ -88,8 +121,8 @@ def run(
     assert adaptation is not None
     lesson = prepared(model, adaptation, methods, max(part.longest for part in (train_part, held_part)))
     optimizer = methods.update.optimizer(model.train) if methods.update else adaptation.default_optimizer()
-    stream = _stream(train_part, lesson.plan, adaptation, optimizer)
-    loss = loss_of(lesson.module, adaptation.hidden(lesson))
+    taught = teaching(lesson) if teaching else NextToken(loss_of(lesson.module, adaptation.hidden(lesson)))
+    stream, loss = Taught(_stream(train_part, lesson.plan, adaptation, optimizer), taught), taught.loss
     begun = keeper.meta() if keeper is not None else None
     lesson.plan = plan = _with_steps(lesson, stream, loss, optimizer, begun["steps"] if begun else 0)
     planned(plan)
@@ -98,7 +131,7 @@ def run(
     held = Stream(_some(held_part), plan.tokens_per_step, plan.at_once, plan.seed, plan.layout).batches()
     fitted = fit(
         plan, _groups(lesson, adaptation.rates(lesson)), loss, lambda step: _micro(stream.step(step)),
-        lambda: _score(lesson.module, loss, held), optimizer=optimizer, held=plan.held,
+        lambda: _score(lesson.module, taught.held_loss, held), optimizer=optimizer, held=plan.held,
         fused=_fused(adaptation, optimizer), patience=plan.patience, keeper=keeper, checks=CHECKS,
         hooks=_hooks(adaptation, lesson, listen, shelf, enough), exact=lambda name: stored_value(lesson, name),
     )
@@ -154,7 +187,7 @@ def _micro(batches: list[Batch]) -> Micro:
 
 
 def _with_steps(
-    lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer, begun: int = 0
+    lesson: Lesson, stream: Taught, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer, begun: int = 0
 ) -> TrainPlan:
     """The plan with its number of steps: those given, or its rounds over the data, and what its time allows of them.
 
@@ -170,7 +203,7 @@ def _with_steps(
 
 
 def _seconds_per_step(
-    lesson: Lesson, stream: Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer
+    lesson: Lesson, stream: Taught | Stream, loss: Callable[[Batch], torch.Tensor], optimizer: Optimizer
 ) -> float:
     """Of a typical step, from a few that change nothing; a fifth is added for updates, checks and checkpoints.
 

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from fivefold.engines import open_session
 from fivefold.errors import Misfit
 from fivefold.export import export
 from fivefold.model import load
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
+from fivefold.techniques._shared.modules import layers
 from fivefold.techniques.inference.prune_depth import shortened
 from fivefold.training.module import load_module
 from fivefold.weights import read_tensors
@@ -60,6 +62,25 @@ def test_the_result_computes_what_the_kept_layers_compute(tiny):
     tokens = torch.tensor(windows(model, 1))
     with torch.no_grad():
         torch.testing.assert_close(pruned(tokens).logits, module(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_layer_that_adds_nothing_goes_first_and_the_function_stays(tiny, tmp_path, family):
+    model = tiny(family, layers=4)
+    module = load_module(model)
+    layer = layers(module)[2]
+    writers = (layer.self_attn.o_proj, layer.mlp.down_proj) if family == "llama" else (layer.attn.c_proj,
+                                                                                      layer.mlp.c_proj)
+    for parameter in (p for part in writers for p in part.parameters()):
+        parameter.data.zero_()
+    module.save_pretrained(model.path)
+    done = Recipe.parse("prune_depth(layers=1, windows=1)").apply(model)
+    assert done.coverage[-1].endswith("1 of 4 layers removed (2)")
+    tokens = list(range(5, 37))
+    want = open_session(model).score(tokens)
+    np.testing.assert_allclose(open_session(done).score(tokens), want, atol=1e-4)
+    file = export(Recipe.parse('gguf(type="f16")').apply(done), tmp_path / "file")
+    np.testing.assert_allclose(open_session(file).score(tokens), want, atol=0.01)
 
 
 def test_the_exported_file_is_smaller_by_its_layers(tiny, tmp_path):

@@ -61,9 +61,13 @@ def write_layers(
         if (weight := tensors.pop(f"{name}.weight", None)) is None:
             raise ModelError(f"{source} has no matrix {name}.weight; leave the layer out")
         tensors.update({f"{name}.{k}": v for k, v in make(name, weight, settings).items()})
+    return write_safetensors_folder(target, tensors, like=source, texts={MANIFEST: manifest(source, layers)})
+
+
+def manifest(source: Path, layers: Mapping[str, Settings]) -> str:
+    """The text of layers.json for a folder made from `source` with `layers` more; for kinds of several matrices."""
     before = read_manifest(source) if (source / MANIFEST).is_file() else {}
-    text = json.dumps({"version": 1, "layers": {**before, **layers}}, indent=1) + "\n"
-    return write_safetensors_folder(target, tensors, like=source, texts={MANIFEST: text})
+    return json.dumps({"version": 1, "layers": {**before, **layers}}, indent=1) + "\n"
 
 
 def read_manifest(folder: Path) -> dict[str, Settings]:

@@ -51,6 +51,15 @@ def windows(model: Model, count: int, length: int = WINDOW) -> NDArray[np.int64]
     return out
 
 
+def up_to(model: Model, most: int, length: int = WINDOW) -> NDArray[np.int64]:
+    """As many windows as the text has, `most` at most. Raises DataError when it has not one."""
+    length = min(length, model.blueprint.context)
+    text, _ = _text(model)
+    if len(text) <= 2 * CHARACTERS * most * length:
+        most = max(1, min(most, len(_encode(model, [text])[0]) // length))
+    return windows(model, most, length)
+
+
 def _pieces(text: str, count: int, length: int) -> list[str]:
     step = len(text) // count
     return [text[i * step :][: min(step, CHARACTERS * length)] for i in range(count)]

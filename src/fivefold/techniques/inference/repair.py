@@ -30,11 +30,8 @@ from fivefold.recipe import Technique
 from fivefold.space import Fixed, Range, Search
 
 SEQUENCE = 256
-HELD_OUT = 4
-TEXT_TOKENS = 65536
-AT_ONCE = 4
-UNDAMAGED = frozenset({Trait.FLOAT_WEIGHTS, Trait.DENSE_WEIGHTS, Trait.FULL_DEPTH, Trait.UNIFORM_LAYERS,
-                       Trait.EXACT_ATTENTION})
+UNDAMAGED = frozenset({Trait.FLOAT_WEIGHTS, Trait.DENSE_WEIGHTS, Trait.FULL_DEPTH, Trait.FULL_WIDTH,
+                       Trait.UNIFORM_LAYERS, Trait.EXACT_ATTENTION})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +71,12 @@ class Repair(Technique):
                        sequence=min(SEQUENCE, model.blueprint.context))
 
     def apply(self, model: Model) -> Model:
+        from fivefold.techniques._shared.lesson import AT_ONCE, Lesson, text
         from fivefold.training.loop import fit, windows
 
         plan = self._train(model)
-        train, held_out = _text(model, plan)
-        lesson = _Lesson(model, self._student(model, plan.seed), held_out)
+        train, held_out = text(model, plan)
+        lesson = Lesson(model, self._student(model, plan.seed), held_out)
         groups = lesson.student.groups()
         stream = windows(train, max(1, plan.tokens_per_step // plan.sequence), plan.seed, AT_ONCE)
         done = fit(plan, groups, lesson.loss, stream, lesson.score)
@@ -98,52 +96,3 @@ class Repair(Technique):
         if model.export.format == "gguf":
             return RoundedStudent(model, module, codes=self.codes)
         return FloatStudent(model, module, rank=self.rank, seed=seed)
-
-
-class _Lesson:
-    """Teacher and student side by side. The teacher's answers to the held-out windows are kept."""
-
-    def __init__(self, model: Model, student: Any, held_out: Any) -> None:
-        import torch
-
-        from fivefold.training.module import load_module
-
-        self.student, parent = student, model.parent
-        self.teacher = student.module if parent.path == model.path else load_module(parent, torch.float32)
-        self.held_out = [(torch.as_tensor(row)[None], self._answers(torch.as_tensor(row)[None], exact=True))
-                         for row in held_out]
-
-    def _answers(self, tokens: Any, *, exact: bool) -> Any:
-        import torch
-
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not exact):
-            return self.teacher(tokens, use_cache=False).logits.float()
-
-    def loss(self, rows: Any) -> Any:
-        import torch
-
-        from fivefold.training.distill import forward_kl
-
-        tokens = torch.as_tensor(rows)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = self.student.logits(tokens)
-        return forward_kl(logits, self._answers(tokens, exact=False))
-
-    def score(self) -> float:
-        import torch
-
-        from fivefold.training.distill import forward_kl
-
-        with torch.no_grad():
-            return sum(float(forward_kl(self.student.logits(t), a)) for t, a in self.held_out) / len(self.held_out)
-
-
-def _text(model: Model, plan: TrainPlan) -> tuple[Any, Any]:
-    """(training windows, held-out windows) of the calibration text, the latter spread over it."""
-    from fivefold.techniques._shared.calibration import windows
-
-    wanted = min(TEXT_TOKENS, plan.steps * plan.tokens_per_step) // plan.sequence + HELD_OUT
-    found = windows(model, max(wanted, 2 * HELD_OUT), plan.sequence)
-    apart = len(found) // HELD_OUT
-    held = [apart // 2 + apart * k for k in range(HELD_OUT)]
-    return found[[i for i in range(len(found)) if i not in held]], found[held]

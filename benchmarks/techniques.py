@@ -1,0 +1,174 @@
+"""The measured record: every technique of inference with and without, on SmolLM2-135M, in the engine that serves it.
+
+    python benchmarks/techniques.py [--only wanda,gptq] [--keep runs/techniques] [--rounds 4]
+
+"Without" is the same recipe with the technique left out; where nothing is left, the parent in bfloat16 in the torch
+engine, or as llama.cpp's F16, whichever the technique is served by. Both are built, then measured in turn under the
+chat workload, each in a fresh process; ratios are with / without, medians over rounds. KL and agreement are against the
+parent in float32 on 2,048 held-out tokens. What a paper reports for its own models and machines stands beside it: a
+record that does not reach it is a result. Each technique is built in a process of its own: `to make` is its time and
+that process's peak memory. Killed, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _common import interval, number, publish, table
+
+from fivefold import bundled
+from fivefold.engines import open_session
+from fivefold.errors import FivefoldError
+from fivefold.machine import Machine
+from fivefold.meters.interleaved import Interleaved, Job
+from fivefold.meters.memory import PeakMemory
+from fivefold.model import Model
+from fivefold.quantity import Quantity
+from fivefold.recipe import Recipe, Stage, catalogue
+from fivefold.study.build import Builder, Built
+from fivefold.study.in_turn import spread
+from fivefold.tasks.fidelity import Reference, fidelity
+from fivefold.tasks.text import windows
+from fivefold.tokenizer import Tokenizer
+from fivefold.workload import Workload
+
+MODEL = "smollm2-135m"
+WITH = {
+    "gguf": 'gguf(type="q4_0")', "mixed_precision": "mixed_precision(bits=5.5)",
+    "repair": 'prune_depth(layers=2) + repair + gguf(type="q8_0")', "kv_cache": 'kv_cache(type="q8_0") + gguf(type="f16")',
+    "prompt_lookup": 'prompt_lookup + gguf(type="f16")',
+    "prune_depth": 'prune_depth(layers=2) + gguf(type="f16")',
+}
+"""The recipe that shows a technique which cannot stand alone, has no default, or is best seen in another engine."""
+BESIDE = {"safetensors": 'dtype(type="bfloat16")', "gguf": 'gguf(type="f16")'}
+RATIOS = ("decode", "ttft", "energy")
+
+
+def pair(name: str, model: Model) -> tuple[Recipe, Recipe]:
+    """(with, without). Raises UserError when the recipe does not fit."""
+    whole = Recipe.parse(WITH.get(name, name))
+    kind = whole.plan(model).export.format
+    if kind == "safetensors" and "dtype" not in str(whole):
+        whole = Recipe.parse(f"{whole} + {BESIDE[kind]}")
+    whole.check(model)
+    rest = [t for t in whole if t.name != name]
+    without = Recipe(*rest)
+    if not any(t.name in ("gguf", "dtype", "mixed_precision") for t in rest):
+        without = Recipe.parse(" + ".join(filter(None, (str(without), BESIDE[kind]))))
+    return whole, without
+
+
+def one(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    model, machine = bundled.load(MODEL), Machine.load()
+    whole, without = pair(name, model)
+    builder = Builder(given.keep / "built", machine)
+    before = builder.build(without, model)
+    with PeakMemory() as window:
+        after = builder.build(whole, model)
+    tokenizer = Tokenizer(model.tokenizer_file)
+    traffic = Workload.load("chat", tokenizer)
+    traffic = replace(traffic, requests=spread(traffic.requests, given.requests))
+    jobs = [Job(model=m.model, workload=traffic, label=label) for m, label in ((before, "without"), (after, "with"))]
+    with Interleaved(jobs, machine=machine) as arms:
+        first, second = arms.run(given.rounds)
+        ratios = {metric: arms.ratio(metric, 1, 0).to_json() for metric in RATIOS}
+    reference = _reference(model, tokenizer, given.keep)
+    return {
+        "name": name, "with": str(whole), "without": str(without), "ratios": ratios,
+        "measured": [first.to_json(), second.to_json()],
+        "quality": [_quality(m, reference).to_json() for m in (before, after)],
+        "seconds": _value(after, "seconds") - _value(before, "seconds"), "peak": window.peak.value,
+        "coverage": list(after.model.coverage),
+    }
+
+
+def _value(built: Built, name: str) -> float:
+    found = built.made.get(name)
+    return (found.value or 0.0) if found is not None else 0.0
+
+
+def _reference(model: Model, tokenizer: Tokenizer, folder: Path) -> Reference:
+    file = folder / "reference.npz"
+    if not file.is_file():
+        session = open_session(model)
+        Reference.record(session, windows(tokenizer, "encyclopedia", "evaluation", 2048, 512)).save(file)
+        session.close()
+    return Reference.load(file)
+
+
+def _quality(built: Built, reference: Reference) -> Any:
+    session = open_session(built.model)
+    try:
+        return fidelity(session, reference).measurement
+    finally:
+        session.close()
+
+
+def row(found: dict[str, Any]) -> list[str]:
+    def measured(side: int, metric: str) -> Quantity:
+        return Quantity.from_json(found["measured"][side]["quantities"][metric])
+
+    def quality(side: int, metric: str) -> Quantity:
+        return Quantity.from_json(found["quality"][side]["quantities"][metric])
+
+    ratio = {m: interval(Quantity.from_json(q)) for m, q in found["ratios"].items()}
+    size, peak = measured(1, "size").value or 0.0, measured(1, "memory").value or 0.0
+    return [
+        f"`{found['with']}` against `{found['without']}`",
+        f"{number(size / 1e6, 0)} ({number(size / (measured(0, 'size').value or 1.0))}x)",
+        f"{number(peak / 1e6, 0)} ({number(peak / (measured(0, 'memory').value or 1.0))}x)",
+        number(measured(1, "decode").value, 0), ratio["decode"], ratio["ttft"], ratio["energy"],
+        f"{number(quality(1, 'kl').value, 4)} ({number(quality(0, 'kl').value, 4)})",
+        f"{number(quality(1, 'agreement').value, 3)} ({number(quality(0, 'agreement').value, 3)})",
+        f"{number(found['seconds'], 0)} s, {number(found['peak'] / 1e6, 0)} MB",
+        getattr(catalogue()[found["name"]], "headline", "") or "-",
+    ]
+
+
+HEADS = ("technique", "file MB", "peak MB", "tokens/s", "decode x", "TTFT x", "J/token x", "KL (without)",
+         "agreement (without)", "to make", "the paper reports, elsewhere")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--only", default="", help="comma-separated; default: every technique of inference")
+    options.add_argument("--keep", type=Path, default=Path("runs/techniques"))
+    options.add_argument("--rounds", type=int, default=4)
+    options.add_argument("--requests", type=int, default=1, help="requests of the chat workload per round")
+    options.add_argument("--one", help=argparse.SUPPRESS)
+    options.add_argument("--quick", action="store_true", help="write no fragment")
+    given = options.parse_args()
+    if given.one:
+        try:
+            found = one(given.one, given)
+        except FivefoldError as error:
+            found = {"name": given.one, "why": str(error)}
+        (given.keep / f"{given.one}.json").write_text(json.dumps(found), encoding="utf-8")
+        return
+    given.keep.mkdir(parents=True, exist_ok=True)
+    names = [n for n, t in catalogue().items() if t.__module__.split(".")[-2].upper() == Stage.INFERENCE.name]
+    for name in [n for n in given.only.split(",") if n] or names:
+        if not (given.keep / f"{name}.json").is_file():
+            command = [sys.executable, __file__, "--one", name, "--keep", str(given.keep), "--rounds",
+                       str(given.rounds), "--requests", str(given.requests)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"{name}: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}", flush=True)
+                continue
+            print(f"{name}: {(given.keep / f'{name}.json').read_text()[:300]}", flush=True)
+    records = [json.loads(file.read_text()) for n in names if (file := given.keep / f"{n}.json").is_file()]
+    body = ("SmolLM2-135M, off-grid parent; ratios are with / without, medians over rounds.\n\n"
+            + table(HEADS, [row(f) for f in records if "why" not in f]))
+    body += "".join(f"\n- `{f['name']}`: {f['why']}" for f in records if "why" in f)
+    publish("techniques", "Every technique of inference, with and without", body, packages=("torch", "xllamacpp"),
+            keep=not given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Linear layers that skip inputs near zero, and the weights these would have been multiplied with.
+
+    y = sum over j with |x_j| > threshold of x_j W[:, j] + bias
+
+The matrix is stored by input (`columns`, shape (in, out), bfloat16), so that an input that is skipped skips one run of
+bytes. Every row of activations keeps its own inputs (see `_gather`). With threshold 0 it is the dense layer.
+
+`<module>.weight` becomes `.columns`; a bias stays beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fivefold.engines._layers._gather import FEW, STORED, cut, kernels, matrix, number, rows_of
+
+TENSORS = ("columns", "bias")
+
+
+class ThresholdedLinear(nn.Module):
+    """(..., in) -> (..., out), in the dtype of its input. `kept` of `seen` inputs were used since it was made."""
+
+    stored = STORED
+
+    def __init__(self, columns: Tensor, bias: Tensor | None, threshold: float) -> None:
+        super().__init__()
+        self.in_features, self.out_features = columns.shape
+        self.columns, self.threshold = nn.Buffer(columns), threshold
+        self.bias = None if bias is None else nn.Buffer(bias.float())
+        self._kernel = kernels().gather_linear
+        self.kept = self.seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, half = rows_of(x, self.in_features)
+        if len(rows) > FEW:
+            return self._densely(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
+        y = torch.empty(len(rows), self.out_features, dtype=rows.dtype)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        self.kept += self._kernel(
+            rows.data_ptr(), half, len(rows), self.in_features, self.threshold, self.columns.data_ptr(),
+            self.out_features, bias, y.data_ptr(), torch.get_num_threads(),
+        )
+        self.seen += rows.numel()
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _densely(self, rows: Tensor) -> Tensor:
+        y = cut(rows, self.threshold) @ self.columns.to(rows.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, threshold={self.threshold:.3g}"
+
+
+def build(
+    old: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype
+) -> ThresholdedLinear:
+    weight = old.get_parameter("weight")
+    inputs, outputs = weight.shape[::-1] if isinstance(old, nn.Linear) else weight.shape
+    columns = matrix(tensors, "columns", inputs, outputs)
+    bias = tensors.get("bias")
+    if (bias is None) != (getattr(old, "bias", None) is None) or (bias is not None and tuple(bias.shape) != (outputs,)):
+        raise ValueError("bias")
+    return ThresholdedLinear(columns, bias, number(settings, "threshold"))

@@ -1,0 +1,255 @@
+// Linear layer with weights and activations in 8 bits: whole-number products, one scale per row and per token.
+//
+//   y_mr = a_m s_r sum_j p_mj q_rj + bias_r + sum_{j beside} x_mj w_rj         p_mj = round(x_mj / a_m)
+//
+// a_m = max_j |x_mj| / 127 over the columns that are not beside. Beside are, in float, the columns in `columns` (with
+// their own weights in bfloat16), or of every token those whose |x_mj| exceeds `limit` (weights s_r q_rj).
+//
+// Weights lie in tiles of 16 rows, in a tile four columns of all 16 rows together: one vector of 64 bytes, which
+// vpdpbusd multiplies with four activations at once. That instruction takes unsigned times signed, so activations are
+// stored as p + 128 and sums start at -128 sum_j q_rj. Its sums are exact, as are those of the plain loops elsewhere.
+//
+// Many tokens: 3 tiles x 8 tokens of sums stay in registers; 24 products for 11 loads. One token: a tile is one stream.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define WIDE 1
+#endif
+
+namespace {
+
+constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TILES = 3, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
+constexpr uint32_t INFINITE = 0x7f800000u;
+
+struct Layer {
+    const int8_t *codes;
+    const int32_t *start;  // -128 times the sum of a row's codes
+    const float *scale, *bias;
+    const int32_t *columns;
+    const uint16_t *beside;  // (columns, 16 tiles)
+    int64_t besides, rows, width, tiles, quads;
+    float limit;
+};
+
+struct Odd { int32_t column; float value; };
+
+uint32_t bits_of(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); return bits; }
+float of_bits(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
+inline float wide(float value) { return value; }
+inline float wide(uint16_t bits) { return of_bits(uint32_t(bits) << 16); }
+inline uint16_t narrow(float value) {
+    const uint32_t bits = bits_of(value);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Largest |x| as bits: an order that also holds for infinite and NaN, which -ffast-math would lose.
+template <class T> uint32_t largest(const T *x, int64_t width) {
+    uint32_t top = 0;
+    for (int64_t j = 0; j < width; ++j) top = std::max(top, bits_of(wide(x[j])) & 0x7fffffffu);
+    return top;
+}
+
+template <class T> float rounded(const T *x, int64_t width, uint8_t *out, uint32_t top) {
+    if (top >= INFINITE) {
+        std::memset(out, 128, width);
+        return of_bits(INFINITE | 1u << 22);
+    }
+    const float step = of_bits(top) / 127, inverse = step > 1e-37f ? 1 / step : 0;
+    for (int64_t j = 0; j < width; ++j) out[j] = uint8_t(int32_t(std::nearbyintf(wide(x[j]) * inverse)) + 128);
+    return step;
+}
+
+// Codes and step of one token; what is beside goes to `odd`.
+template <class T>
+float quantized(const Layer &a, const T *x, uint8_t *out, std::vector<float> &room, std::vector<Odd> &odd) {
+    std::memset(out + a.width, 128, a.quads * QUAD - a.width);
+    odd.clear();
+    uint32_t top = largest(x, a.width);
+    if (!a.besides && !(top < INFINITE && of_bits(top) > a.limit)) return rounded(x, a.width, out, top);
+    room.resize(a.width);
+    for (int64_t j = 0; j < a.width; ++j) room[j] = wide(x[j]);
+    for (int64_t n = 0; n < a.besides; ++n) {
+        odd.push_back({a.columns[n], room[a.columns[n]]});
+        room[a.columns[n]] = 0;
+    }
+    if (!a.besides)
+        for (int64_t j = 0; j < a.width; ++j)
+            if (std::fabs(room[j]) > a.limit) odd.push_back({int32_t(j), room[j]}), room[j] = 0;
+    return rounded(room.data(), a.width, out, largest(room.data(), a.width));
+}
+
+#ifdef WIDE
+template <int B, int M>
+inline void dots(const Layer &a, int64_t tile, const uint8_t *x, int32_t (*out)[M][ROWS]) {
+    const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
+    const int8_t *w = a.codes + tile * size;
+    constexpr int U = B * M < 6 ? 4 : 1;  // sums per result: as many as hide the latency
+    __m512i sum[U][B][M];
+    for (int u = 0; u < U; ++u)
+        for (int b = 0; b < B; ++b)
+            for (int m = 0; m < M; ++m)
+                sum[u][b][m] = u ? _mm512_setzero_si512() : _mm512_loadu_si512(a.start + (tile + b) * ROWS);
+    auto step = [&](int64_t k, int u) {
+        __m512i q[B];
+        for (int b = 0; b < B; ++b) q[b] = _mm512_loadu_si512(w + b * size + k * VECTOR);
+        if (M == 1) _mm_prefetch((const char *)w + k * VECTOR + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            int32_t four;
+            std::memcpy(&four, x + m * stride + k * QUAD, 4);
+            const __m512i p = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+            for (int b = 0; b < B; ++b) sum[u][b][m] = _mm512_dpbusd_epi32(sum[u][b][m], p, q[b]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + U <= a.quads; k += U) {
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) step(k + u, u);
+    }
+    for (; k < a.quads; ++k) step(k, 0);
+    for (int b = 0; b < B; ++b)
+        for (int m = 0; m < M; ++m) {
+            __m512i all = sum[0][b][m];
+            for (int u = 1; u < U; ++u) all = _mm512_add_epi32(all, sum[u][b][m]);
+            _mm512_storeu_si512(out[b][m], all);
+        }
+}
+#else
+template <int B, int M>
+inline void dots(const Layer &a, int64_t tile, const uint8_t *x, int32_t (*out)[M][ROWS]) {
+    const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
+    for (int b = 0; b < B; ++b)
+        for (int m = 0; m < M; ++m) {
+            const int8_t *w = a.codes + (tile + b) * size;
+            int32_t sum[ROWS];
+            std::memcpy(sum, a.start + (tile + b) * ROWS, sizeof sum);
+            for (int64_t k = 0; k < a.quads; ++k)
+                for (int i = 0; i < ROWS; ++i)
+                    for (int c = 0; c < QUAD; ++c)
+                        sum[i] += int32_t(x[m * stride + k * QUAD + c]) * w[k * VECTOR + i * QUAD + c];
+            std::memcpy(out[b][m], sum, sizeof sum);
+        }
+}
+#endif
+
+inline void put(float *y, const float *value, int64_t count) { std::memcpy(y, value, count * 4); }
+inline void put(uint16_t *y, const float *value, int64_t count) {
+    uint16_t half[ROWS];
+    for (int i = 0; i < ROWS; ++i) half[i] = narrow(value[i]);
+    std::memcpy(y, half, count * 2);
+}
+
+void add_beside(const Layer &a, int64_t tile, const std::vector<Odd> &odd, float *value) {
+    float sum[ROWS] = {};
+    if (a.besides) {
+        for (int64_t n = 0; n < a.besides; ++n) {
+            const uint16_t *w = a.beside + (n * a.tiles + tile) * ROWS;
+            for (int i = 0; i < ROWS; ++i) sum[i] += odd[n].value * wide(w[i]);
+        }
+    } else {
+        for (const Odd &one : odd) {
+            const int8_t *w = a.codes + (tile * a.quads + one.column / QUAD) * VECTOR + one.column % QUAD;
+            for (int i = 0; i < ROWS; ++i) sum[i] += one.value * float(w[i * QUAD]);
+        }
+        for (int i = 0; i < ROWS; ++i) sum[i] *= a.scale[tile * ROWS + i];
+    }
+    for (int i = 0; i < ROWS; ++i) value[i] += sum[i];
+}
+
+struct Tokens {
+    std::vector<uint8_t> codes;
+    std::vector<float> step;
+    std::vector<std::vector<Odd>> odd;
+};
+
+template <int B, int M, class T>
+void tiles_times(const Layer &a, int64_t tile, const Tokens &t, int64_t first, T *y) {
+    int32_t sum[B][M][ROWS];
+    dots<B, M>(a, tile, t.codes.data() + first * a.quads * QUAD, sum);
+    for (int b = 0; b < B; ++b) {
+        const int64_t row = (tile + b) * ROWS, count = std::min<int64_t>(ROWS, a.rows - row);
+        for (int m = 0; m < M; ++m) {
+            float value[ROWS];
+            const float step = t.step[first + m];
+            for (int i = 0; i < ROWS; ++i) value[i] = float(sum[b][m][i]) * (step * a.scale[row + i]) + a.bias[row + i];
+            if (!t.odd[first + m].empty()) add_beside(a, tile + b, t.odd[first + m], value);
+            put(y + (first + m) * a.rows + row, value, count);
+        }
+    }
+}
+
+template <int M, class T>
+void group_times(const Layer &a, int64_t tile, int64_t last, const Tokens &t, int64_t first, T *y) {
+    if (M == 1)
+        for (; tile < last; ++tile) tiles_times<1, M>(a, tile, t, first, y);
+    else if (last - tile == TILES) tiles_times<TILES, M>(a, tile, t, first, y);
+    else if (last - tile == 2) tiles_times<2, M>(a, tile, t, first, y);
+    else tiles_times<1, M>(a, tile, t, first, y);
+}
+
+template <class T>
+void tokens_times(const Layer &a, int64_t tile, int64_t last, const Tokens &t, int64_t count, T *y) {
+    int64_t first = 0;
+    for (; first + TOKENS <= count; first += TOKENS) group_times<TOKENS>(a, tile, last, t, first, y);
+    switch (count - first) {
+    case 7: return group_times<7>(a, tile, last, t, first, y);
+    case 6: return group_times<6>(a, tile, last, t, first, y);
+    case 5: return group_times<5>(a, tile, last, t, first, y);
+    case 4: return group_times<4>(a, tile, last, t, first, y);
+    case 3: return group_times<3>(a, tile, last, t, first, y);
+    case 2: return group_times<2>(a, tile, last, t, first, y);
+    case 1: return group_times<1>(a, tile, last, t, first, y);
+    }
+}
+
+template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, int threads) {
+    static thread_local Tokens own;
+    Tokens &t = own;
+    const int64_t stride = a.quads * QUAD, groups = (a.tiles + TILES - 1) / TILES, most = std::min<int64_t>(count, CHUNK);
+    if (int64_t(t.codes.size()) < most * stride) t.codes.resize(most * stride);
+    if (int64_t(t.step.size()) < most) t.step.resize(most), t.odd.resize(most);
+    for (int64_t first = 0; first < count; first += CHUNK, x += CHUNK * a.width, y += CHUNK * a.rows) {
+        const int64_t now = std::min<int64_t>(CHUNK, count - first);
+        auto prepare = [&](int64_t m) {
+            static thread_local std::vector<float> room;
+            t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride, room, t.odd[m]);
+        };
+        auto multiply = [&](int64_t g) {
+            tokens_times(a, g * TILES, std::min(a.tiles, (g + 1) * TILES), t, now, y);
+        };
+        if (threads < 2) {
+            for (int64_t m = 0; m < now; ++m) prepare(m);
+            for (int64_t g = 0; g < groups; ++g) multiply(g);
+            continue;
+        }
+#pragma omp parallel num_threads(threads)
+        {
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < now; ++m) prepare(m);
+#pragma omp for schedule(static)
+            for (int64_t g = 0; g < groups; ++g) multiply(g);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// y (count, rows) of x (count, width), both float (half 0) or bfloat16 (half 1). `start`, `scale`, `bias` and the rows
+// of `beside` have 16 tiles entries. `limit` below infinity counts only without `columns`.
+void int8_linear(const int8_t *codes, const int32_t *start, const float *scale, const float *bias,
+                 const int32_t *columns, const uint16_t *beside, int64_t besides, int64_t rows, int64_t width,
+                 const void *x, void *y, int64_t count, float limit, int half, int threads) {
+    const Layer a{codes, start, scale, bias, columns, beside, besides, rows, width,
+                  (rows + ROWS - 1) / ROWS, (width + QUAD - 1) / QUAD, limit};
+    if (half) linear(a, (const uint16_t *)x, (uint16_t *)y, count, threads);
+    else linear(a, (const float *)x, (float *)y, count, threads);
+}
+}

@@ -1,0 +1,175 @@
+// Products with matrices of which only the nonzero weights are stored: y = W x, x and y in float32 or bfloat16.
+//
+//   mask     uint32 (rows, words)   bit j % 32 of word j / 32 says whether column j is stored; words = ceil(columns / 32)
+//   values   bfloat16 (stored + 32) the stored weights, row after row in the order of the columns, then 32 that pad
+//   offsets  int64 (rows + 1)       where each row begins in `values`
+//
+// 32 weights are spread to their columns by one instruction (vpexpandw, AVX-512 VBMI2) and multiplied as float32: a
+// bfloat16 is the upper half of a float32, so the even columns are a shift and the odd ones a mask away. The input is
+// laid out so beforehand: of every 32 columns the 16 even ones, then the 16 odd ones. Sums are in float32.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#define EXPAND 1
+#endif
+
+namespace {
+
+constexpr int AT_ONCE = 4;  // inputs that share one reading of a row
+
+float widened(uint16_t half) {
+    const uint32_t bits = uint32_t(half) << 16;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+
+uint16_t narrowed(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#ifdef EXPAND
+
+__m512i spread(uint32_t mask, const uint16_t*& at) {
+    __m512i w = _mm512_loadu_si512(at);
+    __asm__("" : "+v"(w));  // reading in the same instruction as spreading is many times slower on AMD
+    at += __builtin_popcount(mask);
+    return _mm512_maskz_expand_epi16(mask, w);
+}
+
+template <int N>
+void add(__m512i w, const float* x, int64_t stride, __m512* sums) {
+    const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(w, 16));
+    const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(int(0xffff0000))));
+    for (int n = 0; n < N; n++) {
+        sums[2 * n] = _mm512_fmadd_ps(even, _mm512_loadu_ps(x + n * stride), sums[2 * n]);
+        sums[2 * n + 1] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(x + n * stride + 16), sums[2 * n + 1]);
+    }
+}
+
+template <int N>
+void dot(const uint32_t* mask, const uint16_t* at, const float* x, int words, int64_t stride, float* out) {
+    __m512 first[2 * N], second[2 * N];
+    for (int k = 0; k < 2 * N; k++) first[k] = second[k] = _mm512_setzero_ps();
+    int word = 0;
+    for (; word + 1 < words; word += 2) {
+        const __m512i a = spread(mask[word], at), b = spread(mask[word + 1], at);
+        add<N>(a, x + word * 32, stride, first);
+        add<N>(b, x + word * 32 + 32, stride, second);
+    }
+    if (word < words) add<N>(spread(mask[word], at), x + word * 32, stride, first);
+    for (int n = 0; n < N; n++)
+        out[n] = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(first[2 * n], first[2 * n + 1]),
+                                                    _mm512_add_ps(second[2 * n], second[2 * n + 1])));
+}
+
+#else
+
+template <int N>
+void dot(const uint32_t* mask, const uint16_t* at, const float* x, int words, int64_t stride, float* out) {
+    float sums[N] = {};
+    for (int word = 0; word < words; word++)
+        for (uint32_t bits = mask[word]; bits; bits &= bits - 1) {
+            const int column = __builtin_ctz(bits);
+            const float w = widened(*at++);
+            const float* place = x + word * 32 + (column & 1) * 16 + column / 2;
+            for (int n = 0; n < N; n++) sums[n] += w * place[n * stride];
+        }
+    std::memcpy(out, sums, sizeof sums);
+}
+
+#endif
+
+void lay_out(const void* x, int64_t input, int columns, bool half, float* out) {
+    for (int j = 0; j < columns; j++) {
+        const int64_t from = input * columns + j;
+        const float value = half ? widened(static_cast<const uint16_t*>(x)[from]) : static_cast<const float*>(x)[from];
+        out[j / 32 * 32 + (j & 1) * 16 + j % 32 / 2] = value;
+    }
+}
+
+void put(void* to, int64_t at, float value, bool half) {
+    if (half) static_cast<uint16_t*>(to)[at] = narrowed(value);
+    else static_cast<float*>(to)[at] = value;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Fills `offsets`; the number of stored weights, or -1 when a bit is set for a column that is not there.
+int64_t sparse_offsets(const uint32_t* mask, int64_t rows, int columns, int64_t* offsets) {
+    const int words = (columns + 31) / 32, rest = columns % 32;
+    const uint32_t beyond = rest ? ~((1u << rest) - 1) : 0;
+    int64_t at = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        offsets[row] = at;
+        for (int word = 0; word < words; word++) at += __builtin_popcount(mask[row * words + word]);
+        if (mask[row * words + words - 1] & beyond) return -1;
+    }
+    offsets[rows] = at;
+    return at;
+}
+
+// y (inputs, rows) = x (inputs, columns) W^T; `half` says that x and y are bfloat16 and not float32.
+void sparse_product(const uint32_t* mask, const uint16_t* values, const int64_t* offsets, const void* x, void* y,
+                    int64_t rows, int columns, int inputs, int half, int threads) {
+    const int words = (columns + 31) / 32;
+    const int64_t stride = int64_t(words) * 32;
+    static thread_local std::vector<float> kept;
+    kept.assign(size_t(stride) * inputs, 0.0f);
+    for (int n = 0; n < inputs; n++) lay_out(x, n, columns, half, kept.data() + n * stride);
+    const float* laid = kept.data();
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint32_t* own = mask + row * words;
+        const uint16_t* at = values + offsets[row];
+        float sums[AT_ONCE];
+        for (int n = 0; n < inputs;) {
+            const int some = inputs - n >= AT_ONCE ? AT_ONCE : inputs - n >= 2 ? 2 : 1;
+            const float* in = laid + n * stride;
+            if (some == AT_ONCE) dot<AT_ONCE>(own, at, in, words, stride, sums);
+            else if (some == 2) dot<2>(own, at, in, words, stride, sums);
+            else dot<1>(own, at, in, words, stride, sums);
+            for (int k = 0; k < some; k++) put(y, int64_t(n + k) * rows + row, sums[k], half);
+            n += some;
+        }
+    }
+}
+
+// The dense matrix, (rows, columns) in bfloat16 or float32.
+void sparse_unpack(const uint32_t* mask, const uint16_t* values, const int64_t* offsets, void* out, int64_t rows,
+                   int columns, int half, int threads) {
+    const int words = (columns + 31) / 32;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint16_t* at = values + offsets[row];
+        for (int word = 0; word < words; word++) {
+            const uint32_t bits = mask[row * words + word];
+            const int64_t to = row * columns + word * 32;
+            const int here = columns - word * 32 < 32 ? columns - word * 32 : 32;
+#ifdef EXPAND
+            const __m512i w = spread(bits, at);
+            if (half) {
+                _mm512_mask_storeu_epi16(static_cast<uint16_t*>(out) + to, uint32_t((uint64_t(1) << here) - 1), w);
+                continue;
+            }
+            const __m512i low = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(w)), 16);
+            const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(w, 1)), 16);
+            float* place = static_cast<float*>(out) + to;
+            _mm512_mask_storeu_epi32(place, uint16_t((uint64_t(1) << (here < 16 ? here : 16)) - 1), low);
+            if (here > 16) _mm512_mask_storeu_epi32(place + 16, uint16_t((uint64_t(1) << (here - 16)) - 1), high);
+#else
+            for (int j = 0; j < here; j++) put(out, to + j, bits >> j & 1 ? widened(*at++) : 0.0f, half);
+#endif
+        }
+    }
+}
+
+}

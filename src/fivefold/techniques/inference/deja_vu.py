@@ -1,0 +1,121 @@
+"""Predicting which neurons a token will need, so that of gate, up and down only their rows are read.
+
+Most of what a feed-forward adds for one token comes from a part of its neurons, and which part can be guessed from the
+layer's input. A small low-rank predictor per layer, scores = expand (reduce x) + offset, is trained on calibration
+text: neuron i is wanted where |h_i| |down_i| is among the largest `1 - sparsity` of the layer (ridge regression cut to
+`rank`, then a few passes on the logistic loss, see `_shared/neuron_predictor`). A threshold per layer on the scores
+leaves out `sparsity` of the neurons on average. Layers are treated first to last, each on the inputs its treated
+predecessors give.
+
+Bytes of a feed-forward fall by the sparsity, less the predictor's rank (width + neurons) weights: at rank 64 and a
+width of 576 with 1536 neurons that is 5 % of the feed-forward. Attention is untouched (the paper also predicts heads,
+which matters at long contexts, and runs its predictor one layer ahead, which a CPU that waits for memory does not gain
+from). A wrong guess costs quality that `cats` and `teal`, which look at the true values, do not lose; the paper's
+models used ReLU and were sparse by themselves, those with smooth gates are less so. Prompts and scored texts are
+computed by the same function densely and gain nothing.
+
+Source: Liu et al., Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time, arXiv 2310.17157.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fivefold.errors import DataError, Misfit
+from fivefold.model import Model, Trait
+from fivefold.recipe import Technique
+from fivefold.space import Fixed, Range, Search
+from fivefold.techniques._shared.activation_sparsity import compiled, feed_forwards
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from fivefold.techniques._shared.neuron_predictor import Predictor
+
+TOKENS_PER_RANK = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class DejaVu(Technique):
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
+    breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TRAINABLE})
+    lowers = {"compute": "direct", "energy": "direct", "money": "direct"}
+    may_raise = ("memory", "network")
+    perturbation = 4.0
+
+    sparsity: Annotated[float, Range(0.0, 0.95), Search(0.25, 0.4, 0.5)] = 0.4
+    """Fraction of the neurons of every feed-forward that a token leaves out."""
+    rank: Annotated[int, Range(1, 1024, log=True), Search(32, 64, 128)] = 64
+    """Numbers between the input and the scores of a predictor."""
+    passes: Annotated[int, Range(0, 100), Fixed()] = 4
+    """Passes over the calibration tokens after the least-squares start."""
+    windows: Annotated[int, Range(1, 4096), Fixed()] = 16
+    """Calibration windows of 512 tokens."""
+
+    def check(self, model: Model) -> None:
+        feed_forwards(model, str(self))
+        compiled(str(self))
+        if self.rank > model.blueprint.width:
+            raise Misfit(f"{self}: a rank above the width of {model.blueprint.width} gains nothing; lower rank")
+
+    def effort(self, model: Model) -> float:
+        b, tokens = model.blueprint, 512.0 * self.windows
+        trained = 6.0 * self.passes * self.rank * (b.width + b.ffn) + 2.0 * b.width * (b.width + b.ffn)
+        return b.layers * (tokens * trained + 10.0 * b.ffn**3)
+
+    def apply(self, model: Model) -> Model:
+        from fivefold.techniques._shared.activation_sparsity import bfloat16, neurons, stored, treated
+        from fivefold.techniques._shared.calibration import windows
+        from fivefold.training.module import load_module
+
+        tokens = windows(model, self.windows)
+        if tokens.size < TOKENS_PER_RANK * self.rank:
+            raise DataError(
+                f"{self}: {tokens.size} calibration tokens are too few to fit a predictor of rank {self.rank};"
+                f" {TOKENS_PER_RANK * self.rank} are needed, give more windows or lower rank"
+            )
+        names, kind = feed_forwards(model, str(self))
+        module = load_module(model)
+        parts = treated(module, names, str(self))
+        found = self.predictors(module, parts, tokens)
+        layers: dict[str, dict[str, Any]] = {}
+        tensors: dict[str, dict[str, Any]] = {}
+        for name, (predictor, cut, _) in found.items():
+            layers[name] = {"kind": "selected_ffn", "activation": kind, "threshold": cut, "rank": self.rank}
+            tensors[name] = {
+                **neurons(parts[name]), "reduce": bfloat16(predictor.reduce), "expand": bfloat16(predictor.expand),
+                "offset": predictor.offset,
+            }
+        mean = sum(score for *_, score in found.values()) / len(found)
+        said = (f"deja_vu: {len(parts)} of {model.blueprint.layers} feed-forwards leave out {self.sparsity:g} of their"
+                f" neurons, recall {mean:.3f} on the calibration text; attention, embedding and head dense")
+        return stored(model, "deja_vu", layers, tensors).covered(said)
+
+    def predictors(
+        self, module: Any, parts: dict[str, Any], tokens: NDArray[np.int64]
+    ) -> dict[str, tuple[Predictor, float, float]]:
+        """Feed-forward -> its predictor, the threshold of its scores, and its recall, over `tokens` (rows, length)."""
+        from fivefold.techniques._shared.activation_sparsity import threshold, wrapped
+        from fivefold.techniques._shared.modules import forward
+        from fivefold.techniques._shared.neuron_predictor import fit, important, recall
+
+        found: dict[str, tuple[Predictor, float, float]] = {}
+        names = {id(mlp): name for name, mlp in parts.items()}
+
+        def treat(mlp: Any, x: Any) -> Any:
+            name = names[id(mlp)]
+            hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+            flat, rows = hidden.flatten(0, 1), x.flatten(0, 1).float()
+            wanted = important(flat.float(), mlp.down_proj.weight.float(), 1 - self.sparsity)
+            predictor = fit(rows, wanted, self.rank, self.passes).rounded()
+            scores = predictor.scores(rows)
+            cut = threshold(scores, self.sparsity) if self.sparsity else -1e29
+            chosen = scores > cut
+            found[name] = predictor, cut, recall(chosen, wanted)
+            return mlp.down_proj(hidden.masked_fill_(~chosen.view_as(hidden), 0))
+
+        with wrapped(parts.values(), lambda mlp, _: lambda x: treat(mlp, x)):
+            forward(module, tokens)
+        return found

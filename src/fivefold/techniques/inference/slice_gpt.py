@@ -1,0 +1,89 @@
+"""A narrower residual stream: rotate it to its principal axes, fold the norms away, cut off the weakest axes.
+
+Everything between layers is one vector per token, and RMSNorm does not notice a rotation of it. So all matrices that
+read or write the stream can be turned to its principal axes on calibration text without changing the model, and the
+axes that carry least are then deleted from every matrix at once. One rotation for all layers leaves an ordinary model
+of smaller width that every engine runs. (The paper turns each layer's stream by itself, which keeps more but adds a
+dense matrix to every residual connection, an operation no file format here knows.)
+
+    parameters of the layers, the embedding and the head all fall to width kept / width
+
+The last norm's gain is folded into the head, so a head shared with the embedding becomes a matrix of its own: that
+costs vocabulary x width parameters, and a small model with a large vocabulary may weigh *more* after a thin slice. The
+time per token falls all the same, as an embedding is only looked up. Small models use all of their width, and lose
+much; `repair` afterwards recovers part.
+
+Source: SliceGPT (Ashkboos et al., arXiv 2401.15024).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from fivefold.errors import Misfit
+from fivefold.model import Blueprint, Model, Trait, read_config
+from fivefold.recipe import Technique
+from fivefold.space import Fixed, Range, Search
+from fivefold.techniques._shared.resized import BLOCK, check_readable, least, readable, resized, rounded, said
+
+WINDOW = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceGpt(Technique):
+    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.DENSE_WEIGHTS, Trait.UNFITTED, Trait.PLAIN_GRAPH})
+    breaks = frozenset({Trait.FULL_WIDTH})
+    lowers = {"compute": "direct", "memory": "direct", "energy": "direct", "money": "direct", "network": "direct"}
+    may_raise = ("memory", "network")
+    perturbation = 3.6
+
+    slice: Annotated[float, Range(0.0, 0.9), Search(0.1, 0.2, 0.3)] = 0.2
+    """Share of the width of the residual stream removed; 0 only rotates."""
+    windows: Annotated[int, Range(1, 4096), Fixed()] = 16
+    """Calibration windows of 512 tokens."""
+
+    def check(self, model: Model) -> None:
+        from fivefold.techniques._shared.residual import check_residual
+
+        check_residual(model, str(self))
+        planned = self._planned(model.blueprint)
+        if self.slice and planned.width >= model.blueprint.width:
+            raise Misfit(
+                f"{self} removes nothing: a width of {model.blueprint.width} less {self.slice:.0%} is {planned.width}"
+                f" in multiples of {BLOCK}; set slice to {least(model.blueprint.width):.2f} or more"
+            )
+        check_readable(model, planned, str(self))
+
+    def _planned(self, blueprint: Blueprint) -> Blueprint:
+        return readable(replace(blueprint, width=rounded(blueprint.width, self.slice), tied=False))
+
+    def effort_once(self, model: Model) -> float:
+        return 2.0 * self.windows * WINDOW * model.blueprint.parameters
+
+    def effort(self, model: Model) -> float:
+        return 2.0 * model.blueprint.width * model.blueprint.parameters
+
+    def plan(self, model: Model) -> Model:
+        return model.but(blueprint=self._planned(model.blueprint))
+
+    def apply(self, model: Model) -> Model:
+        from fivefold.techniques._shared.calibration import windows
+        from fivefold.techniques._shared.modules import rewritten, stored_tensors
+        from fivefold.techniques._shared.residual import axes, turned
+        from fivefold.training.module import load_module
+
+        self.check(model)
+        before, after = model.blueprint, self._planned(model.blueprint)
+        tokens = windows(model, self.windows, WINDOW)
+        basis, shares = axes(load_module(model), tokens)
+        tensors = turned(stored_tensors(model), basis[:, : after.width])
+        config = read_config(model.path)
+        eps = config.get("rms_norm_eps", 1e-6) * before.width / after.width
+        done = rewritten(model, "slice_gpt", tensors, {**resized(config, after), "rms_norm_eps": eps})
+        own = ", the head a matrix of its own" if before.tied else ""
+        return done.covered(
+            f"slice_gpt: width {said(before.width, self.slice, after.width)}, {shares[: after.width].sum():.1%} of the"
+            f" signal kept on {tokens.size} tokens; {1 - after.parameters / before.parameters:.1%} of all parameters"
+            f" removed{own}"
+        )
