@@ -10,6 +10,7 @@ import torch
 from small import asked
 
 from fivefold.model import Model
+from fivefold.recipe import catalogue
 from fivefold.testing import tiny_model
 from fivefold.testing.tiny import tiny_examples
 from fivefold.training import attention, lean
@@ -17,7 +18,7 @@ from fivefold.training.batching import Stream
 from fivefold.training.checkpoint import STATE, Keeper
 from fivefold.training.cross_entropy import CHUNK, TOGETHER
 from fivefold.training.memory import SLACK, Needs, needs
-from fivefold.training.method import Methods, completed
+from fivefold.training.method import Adaptation, Methods, completed
 from fivefold.training.module import loss_of
 from fivefold.training.run import examples_of, prepared, run
 from fivefold.weights import check_safetensors
@@ -103,6 +104,17 @@ def test_the_head_takes_one_chunk_and_the_gradients_of_some(tiny_llama: Model, t
     frozen, trained = (predicted(asked(tiny_llama, data, recipe, dtype="bfloat16", at_once=4096)).head
                        for recipe in ("lora", "full"))
     assert frozen == CHUNK * 257 * (2 + 2 + 4 + 4) and trained == frozen + TOGETHER * 257 * 2
+
+
+@pytest.mark.parametrize("name", [n for n, t in catalogue().items() if issubclass(t, Adaptation)])
+def test_it_is_known_whose_layers_are_blocks(tmp_path: Path, name: str) -> None:
+    tiny = tiny_model(tmp_path / "model", layers=2, vocab=257, context=256)
+    model = asked(tiny, tiny_examples(tmp_path / "rows.jsonl"), name, dtype="bfloat16", steps=4)
+    methods = Methods.of(completed(model.train))
+    assert methods.adaptation is not None
+    lesson = prepared(model, methods.adaptation, methods)
+    assert (lesson.extra["taken"].get("layer", 0) == 2) == methods.adaptation.blocks
+    assert (predicted(model).unused == SLACK) == methods.adaptation.blocks
 
 
 def test_the_peak_is_the_sum_with_slack_or_the_loading() -> None:

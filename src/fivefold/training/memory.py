@@ -17,8 +17,9 @@
                   tensor after the other, for what lies beside
     head          the logits of one chunk in float32 and what is made of them; the gradient of a trained head
 
-Whatever the allocator leaves unused between tensors is counted as `SLACK` of the sum (glibc, measured on runs of 0.9 to
-2.5 GB). The prediction is checked against each run's measured peak, and both are in its record.
+Whatever the allocator leaves unused between tensors is counted as `SLACK` of what comes and goes, as `LOOSE` where
+layers do not keep it in blocks of their own (glibc, measured on runs of 0.9 to 2.5 GB). The prediction is checked against
+each run's measured peak, and both are in its record.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from fivefold.training.method import Methods, Shapes, model_shapes
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.precision import carry_bytes
 
-SLACK = 0.3
+SLACK, LOOSE = 0.3, 0.85
 NORMED_HEADS = ("qwen3",)
 LEAN_FAMILIES = ("llama", "mistral", "qwen2", "smollm3", "granite", *NORMED_HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes by part."""
+    """Bytes by part; the allocator leaves the share `unused` of what comes and goes."""
 
     process: float
     weights: float
@@ -50,14 +51,15 @@ class Needs:
     head: float
     loading: float = 0.0
     waiting: float = 0.0
+    unused: float = SLACK
 
     @property
     def slack(self) -> float:
-        return SLACK * (self.activations + self.gradients + self.head)
+        return self.unused * (self.activations + self.gradients + self.head)
 
     @property
     def peak(self) -> float:
-        parts = (f.name for f in fields(self) if f.name != "loading")
+        parts = (f.name for f in fields(self) if f.name not in ("loading", "unused"))
         return max(sum(getattr(self, name) for name in parts) + self.slack, self.loading)
 
 
@@ -102,6 +104,7 @@ def needs(
     return Needs(
         loading=(process if entered is None else entered) + weights + max(files, exact), process=process,
         waiting=float(width * sizes["embedding"]) if twice else 0.0,
+        unused=SLACK if adaptation is None or adaptation.blocks else LOOSE,
         weights=weights + (0 if whole else 4.0 * sum(sizes.values())),
         beside=beside, gradients=gradients,
         state=float(resident([optimizer.state_bytes(shape) for shape in live.values()])), activations=kept,

@@ -104,6 +104,8 @@ class Adaptation(FineTuning):
     """True: a parameter may be updated as soon as its gradient is complete (no hook needs all gradients)."""
     lean: ClassVar[bool] = True
     """False: the layers must stay as they are (a method that wraps or replaces them)."""
+    blocks: ClassVar[bool] = True
+    """False: its layers are none that keep what they need in a block of their own (`training.layer`)."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Packages it imports that training with other adaptations does not: a process is larger by them."""
     masks: ClassVar[bool] = False

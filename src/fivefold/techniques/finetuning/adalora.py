@@ -42,6 +42,7 @@ AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
 @dataclass(frozen=True, kw_only=True)
 class Adalora(Adaptation):
+    blocks = False
     libraries = ("peft",)
     perturbation = 2.0
 

@@ -41,6 +41,7 @@ KINDS = ("change", "openness")
 
 @dataclass(frozen=True, kw_only=True)
 class DiffPruning(Adaptation):
+    blocks = False
     lowers = {"network": "direct"}
     may_raise = ("quality", "memory", "compute")
     passes = 3.0

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Dora(Adaptation):
+    blocks = False
     libraries = ("peft",)
     perturbation = 2.0
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Houlsby(Adaptation):
+    blocks = False
     breaks = Adaptation.breaks | {Trait.PLAIN_GRAPH}
     may_raise = ("quality", "compute")
     perturbation = 2.0

@@ -38,6 +38,7 @@ PLACES = (("k_proj", "v_proj", "down_proj"), ("c_attn", "mlp.c_proj"))
 
 @dataclass(frozen=True, kw_only=True)
 class Ia3(Adaptation):
+    blocks = False
     libraries = ("peft",)
     perturbation = 2.0
 

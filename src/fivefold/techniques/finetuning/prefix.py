@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Prefix(Adaptation):
+    blocks = False
     breaks = Adaptation.breaks | {Trait.PLAIN_GRAPH}
     may_raise = ("quality", "compute", "memory")
     libraries = ("peft",)

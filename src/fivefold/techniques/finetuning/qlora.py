@@ -40,6 +40,7 @@ PACKAGE = "bitsandbytes"
 
 @dataclass(frozen=True, kw_only=True)
 class Qlora(Adaptation):
+    blocks = False
     libraries = ("peft",)
     perturbation = 2.5
 
