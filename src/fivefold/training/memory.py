@@ -18,8 +18,8 @@
     head          the logits of one chunk in float32 and what is made of them; the gradient of a trained head
 
 Whatever the allocator leaves unused between tensors is counted as `SLACK` of what comes and goes, as `LOOSE` where
-layers do not keep it in blocks of their own (glibc, measured on runs of 0.9 to 2.5 GB). The prediction is checked against
-each run's measured peak, and both are in its record.
+layers do not keep it in blocks of their own (glibc, measured on runs of 0.9 to 2.5 GB). The prediction is checked
+against each run's measured peak, and both are in its record.
 """
 
 from __future__ import annotations
