@@ -2,8 +2,9 @@
 
     python _quantize_worker.py METHOD MODEL_FOLDER TOKENS.npy OUT.safetensors SETTINGS_JSON
 
-Writes every parameter as it computes after quantization (rounded matrices turned back to float) and prints one line of
-JSON: seconds from the model's folder to the finished model, imports left out, and peak memory.
+Writes the parameters as they compute after quantization (rounded matrices turned back to float; of auto-round, which
+casts the model to 16 bits, its linear layers alone) and prints one line of JSON: seconds from the model's folder to the
+finished model, imports left out, and peak memory.
 """
 
 from __future__ import annotations
@@ -70,7 +71,19 @@ def autoround(folder: str, tokens: Any, wish: dict[str, Any]) -> tuple[Any, floa
         seqlen=tokens.shape[1], iters=wish["iterations"], batch_size=wish["batch"], device_map="cpu",
     )
     model, _ = maker.quantize()
-    return model, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    for part in model.modules():
+        if isinstance(part, torch.nn.Linear) and getattr(part, "scale", None) is not None:
+            part.weight.data = on_grid(part.weight.data.float(), part.scale, part.zp)
+    return model, seconds
+
+
+def on_grid(weight: torch.Tensor, scale: torch.Tensor, zero: Any) -> torch.Tensor:
+    """auto-round leaves bfloat16 weights: the codes they stand for times the scales it stores, in float32."""
+    rows = len(weight)
+    cells, step = weight.view(rows, -1, weight.numel() // scale.numel()), scale.float().view(rows, -1, 1)
+    zero = zero.float().view(rows, -1, 1) if isinstance(zero, torch.Tensor) else zero
+    return (((cells / step + zero).round() - zero) * step).view(rows, -1)
 
 
 def main() -> None:
@@ -89,7 +102,8 @@ def main() -> None:
 
     found = {k.replace(".orig_layer", ""): v for k, v in model.state_dict().items()}
     plain = {k: v.float().contiguous().clone() for k, v in found.items()
-             if k.endswith((".weight", ".bias")) and not k.startswith("lm_head")}
+             if k.endswith((".weight", ".bias")) and not k.startswith("lm_head")
+             and (method != "autoround" or "_proj." in k)}
     save_file(plain, out)
     print(json.dumps({"seconds": seconds, "peak": most}), file=told, flush=True)
 

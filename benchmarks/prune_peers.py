@@ -2,10 +2,11 @@
 
     python benchmarks/prune_peers.py --peer-python PATH [--windows 16] [--kinds free,2:4]
 
-PATH is an interpreter with `llmcompressor`. Every method sees the same calibration tokens and zeroes half of the same 210
-linear layers, anywhere ("free") or two of every four ("2:4"); embedding and head stay. The weights each one ends with
-are compared in one float32 torch model on the same evaluation tokens, so the rows differ by the numbers alone. Seconds
-are from the model's folder to the finished one, memory is the peak of that process; both without importing packages.
+PATH is an interpreter with `llmcompressor`. Every method sees the same calibration tokens and zeroes half of the same
+210 linear layers, anywhere ("free") or two of every four ("2:4"); embedding and head stay. The weights each one ends
+with are compared in one float32 torch model on the same evaluation tokens, so the rows differ by the numbers alone.
+Seconds are from the model's folder to the finished one, memory is the peak of that process; both without importing
+packages.
 llm-compressor prunes by magnitude only along a training schedule, so there is no row for that. "as published" leaves
 out the conjugate gradients that ours ends with.
 """

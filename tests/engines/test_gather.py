@@ -70,9 +70,16 @@ def test_a_linear_layer_is_the_product_with_its_small_inputs_zeroed(dtype, shape
     for threshold in (0.0, 0.7, 9.0):
         layer = ThresholdedLinear(columns, bias, threshold)
         mask = torch.tensor([[[1.0 if abs(float(v)) > threshold else 0.0 for v in row] for row in x[0]]])
+        if rows > _gather.FEW:
+            mask[0, 0] = 1
         close(layer(x), (x.double() * mask) @ columns.double() + bias)
         if rows <= _gather.FEW:
             assert (layer.kept, layer.seen) == (int(mask.sum()), rows * inputs)
+
+
+def test_a_batch_of_single_tokens_has_no_first_token():
+    layer, x = ThresholdedLinear(random(64, 32).bfloat16(), None, 0.7), random(8, 1, 64)
+    torch.testing.assert_close(layer(x), torch.cat([layer(row[None]) for row in x]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_threshold_of_zero_is_the_dense_layer():
@@ -114,10 +121,11 @@ def test_a_thresholded_feed_forward_is_its_formula(activation, width, ffn, rows)
     gate, up, down = (random(ffn, width, seed=s).bfloat16() for s in (1, 2, 3))
     x, act = random(rows, width, seed=4), ACTS[activation]
     threshold = between(x.abs(), 0.4)
-    kept = x.double() * (x.abs() > threshold)
+    first = torch.arange(rows)[:, None] < (rows > _gather.FEW)
+    kept = x.double() * ((x.abs() > threshold) | first)
     hidden = act(kept @ gate.double().T) * (kept @ up.double().T)
     threshold_down = between(hidden.abs(), 0.5)
-    want = (hidden * (hidden.abs() > threshold_down)) @ down.double()
+    want = (hidden * ((hidden.abs() > threshold_down) | first)) @ down.double()
     gate_up = torch.cat([gate, up]).T.contiguous()
     layer = ThresholdedFeedForward(gate_up, down, act, activation, threshold, threshold_down)
     close(layer(x), want)

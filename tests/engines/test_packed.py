@@ -53,6 +53,17 @@ def test_forward_equals_the_product_with_the_unpacked_matrix(rows: int, bits: in
     assert (got - want).norm() / want.norm() < 0.01
 
 
+@pytest.mark.parametrize("offset", [0, 1, 26])
+def test_rows_that_are_no_multiple_of_four_may_lie_anywhere(offset: int) -> None:
+    packed = pack(torch.randn(257, 64, generator=torch.Generator().manual_seed(0)), 8)
+    room = torch.empty(257 * 64 + 64, dtype=torch.int8)
+    moved = room[offset : offset + 257 * 64].view(257, 64).copy_(packed["qweight"])
+    layer = PackedLinear({**packed, "qweight": moved})
+    assert layer.qweight.data_ptr() % 64 == 0
+    x = torch.ones(1, 64)
+    assert torch.equal(layer(x), PackedLinear(packed)(x))
+
+
 def test_unpackable_shapes_are_refused() -> None:
     assert not packable(24, 64, 4, 32)
     assert not packable(32, 100, 4, 32)

@@ -86,6 +86,9 @@ def unpack(packed: Packed, bits: int, dtype: torch.dtype) -> Tensor:
 class KiviLayer(DynamicLayer):
     """`keys` and `values` are those of the newest tokens, exact; `old_keys` and `old_values` the packed rest."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self, kind: KiviType, slack: int = 0, padded: tuple[int, Tensor] | None = None) -> None:
         super().__init__()
         self.kind, self.slack, self.padded, self.count = kind, slack, padded, 0
@@ -162,7 +165,7 @@ class KiviCache(Cache):
         taken = list(before.layers) if before is not None else []
         length = before.get_seq_length() if before is not None else 0
         padded = None if mask is None else (length, (mask == 0).sum(1))
-        super().__init__(layer_class_to_replicate=lambda: KiviLayer(kind, slack, padded))  # type: ignore[arg-type]
+        super().__init__(layer_class_to_replicate=lambda: KiviLayer(kind, slack, padded))
         for index, layer in enumerate(taken):
             self.update(layer.keys, layer.values, index)
 

@@ -48,6 +48,11 @@ def _check(gguf: Path) -> None:
             f"openvino reads GGUF matrices of {', '.join(MATRIX_TYPES)}, and {gguf.name} holds {', '.join(bad)};"
             " choose another type or another engine"
         )
+    if family == "llama" and any(t.name.endswith("attn_q.bias") for t in header.tensors):
+        raise ModelError(
+            f"openvino reads a llama with attention biases wrongly (it reorders rows of q and k, not their biases), and"
+            f" {gguf.name} has them; choose another engine"
+        )
     if "general.file_type" not in header.metadata:
         raise ModelError(f"{gguf.name} has no general.file_type, which openvino needs; export the file again")
 

@@ -9,7 +9,7 @@ import torch
 
 from fivefold.engines._quantize import dequantize
 from fivefold.model import Model
-from fivefold.techniques._shared.candidates import Candidates, prepare, rounded, sample, sampled_damage
+from fivefold.techniques._shared.candidates import Candidates, Rounding, prepare, rounded, sample, sampled_damage
 from fivefold.techniques._shared.gguf_types import matrices
 from fivefold.techniques._shared.sensitivity import Curvature, load_curvature, save_curvatures
 
@@ -28,13 +28,13 @@ def curvature(rows: int, columns: int = 64) -> Curvature:
     return Curvature(inputs=inputs.T @ inputs / 500, rows=shares / shares.sum())
 
 
-@pytest.mark.parametrize("feedback", [False, True])
-def test_a_sample_of_rows_predicts_the_damage_of_all(feedback: bool) -> None:
+@pytest.mark.parametrize("rounding", ["nearest", "feedback"])
+def test_a_sample_of_rows_predicts_the_damage_of_all(rounding: Rounding) -> None:
     matrix = np.random.default_rng(1).standard_normal((2000, 64)).astype(np.float32)
     known = curvature(2000)
-    guessed = sampled_damage(matrix, KINDS, known, feedback=feedback)
+    guessed = sampled_damage(matrix, KINDS, known, rounding)
     for kind in KINDS:
-        data = rounded(matrix, kind, known, feedback=feedback, sweeps=0)
+        data = rounded(matrix, kind, known, rounding, sweeps=0)
         whole = known.damage(torch.from_numpy(dequantize(data, kind, matrix.shape) - matrix))
         assert guessed[kind] == pytest.approx(whole, rel=0.1)
     assert guessed["q4_0"] > guessed["q5_0"] > guessed["q8_0"]
@@ -62,7 +62,7 @@ def test_curvatures_come_back_from_the_file(tmp_path: Path) -> None:
 
 def prepared(model: Model) -> Candidates:
     types = dict.fromkeys(matrices(model), ("q4_0", "q8_0"))
-    return prepare(model, types, windows=2, length=64, feedback=True)
+    return prepare(model, types, windows=2, length=64, rounding="feedback")
 
 
 def test_only_what_was_not_rounded_before_is_rounded(tiny: Callable[..., Model]) -> None:

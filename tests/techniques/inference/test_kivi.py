@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_refused_before_work(tiny, tmp_path):
     parent = tiny()
     with pytest.raises(Misfit, match=r"served by llama\.cpp; use kv_cache\(type=\.\.\.\)"):
         Recipe.parse('gguf(type="q8_0") + kivi(bits=2)').check(parent)
-    with pytest.raises(Misfit, match="which kivi"):
+    with pytest.raises(Misfit, match="needs full-precision key-value cache, which kv_cache"):
         Recipe.parse('kivi(bits=2) + kv_cache(type="q8_0")')
     with pytest.raises(Misfit, match="heads of 32 elements are not a multiple of its group of 64"):
         Recipe.parse("kivi(bits=2, group=64)").check(parent)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fivefold.engines import open_session
+from fivefold.engines._layers.int8_activations import rounded
 from fivefold.errors import Misfit
 from fivefold.export import export
 from fivefold.recipe import Recipe
@@ -27,7 +28,7 @@ def test_columns_with_large_inputs_keep_their_weights_and_no_others(tiny, family
     module, largest = load_module(model), {}
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.Linear) and ".layers." in name:
-            part.register_forward_pre_hook(lambda _, x, name=name: largest.setdefault(name, x[0].abs().numpy()))
+            part.register_forward_pre_hook(lambda _, x, name=name: largest.update({name: x[0].abs().numpy()}))
     tokens = windows(model, 1)
     with torch.no_grad():
         module(torch.tensor(tokens))
@@ -70,15 +71,18 @@ def test_a_threshold_nothing_exceeds_is_plain_vector_wise_rounding(tiny, tmp_pat
 def test_threshold_zero_is_16_bits(tiny, tmp_path):
     model = tiny("qwen2")
     got = scores(Recipe.parse("llm_int8(threshold=0.0, windows=1)").apply(model), tmp_path / "out")
+    np.testing.assert_allclose(got, with_weights(model, lambda w: w.bfloat16().float()), atol=2e-5)
+    got = scores(Recipe.parse('llm_int8(threshold=0.0, columns="runtime")').apply(model), tmp_path / "runtime")
+    np.testing.assert_allclose(got, with_weights(model, rounded), atol=2e-5)
+
+
+def with_weights(model, change):
     module = load_module(model)
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.Linear) and ".layers." in name:
-            part.weight.data = part.weight.data.bfloat16().float()
+            part.weight.data = change(part.weight.data)
     with torch.no_grad():
-        want = module(torch.arange(32)[None]).logits[0].log_softmax(-1)
-    np.testing.assert_allclose(got, want.numpy(), atol=2e-5)
-    runtime = scores(Recipe.parse('llm_int8(threshold=0.0, columns="runtime")').apply(model), tmp_path / "runtime")
-    assert 0 < abs(runtime - want.numpy()).max() < 0.05
+        return module(torch.arange(32)[None]).logits[0].log_softmax(-1).numpy()
 
 
 @pytest.mark.parametrize("columns", ["calibrated", "runtime"])

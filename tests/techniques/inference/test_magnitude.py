@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from fivefold.errors import Misfit, RecipeError
 from fivefold.recipe import Recipe
+from fivefold.techniques._shared.zeros import smallest
 from fivefold.techniques.inference.magnitude import Magnitude
 from fivefold.weights import read_tensors
 
@@ -66,3 +68,13 @@ def test_what_cannot_be_is_refused(tiny):
         Recipe.parse('magnitude(pattern="4:8")').check(tiny(width=68))
     with pytest.raises(Misfit, match="dense weights"):
         Recipe.parse("magnitude + wanda")
+
+
+def test_of_equal_scores_the_first_places_go():
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((7,), (5, 6), (30, 40)):
+        scores = torch.randint(0, 6, shape, generator=draw).float()
+        for count in (0, 1, scores.numel() // 3, scores.numel()):
+            want = np.zeros(scores.numel(), bool)
+            want[np.argsort(scores.numpy().reshape(-1), kind="stable")[:count]] = True
+            np.testing.assert_array_equal(smallest(scores, count).numpy().reshape(-1), want)

@@ -13,8 +13,9 @@ from fivefold.errors import Misfit
 from fivefold.export import export
 from fivefold.model import Model, Trait
 from fivefold.recipe import Recipe
+from fivefold.techniques._shared.lesson import Lesson, text
 from fivefold.techniques._shared.modules import rewritten, stored_tensors
-from fivefold.techniques.inference.repair import Repair, _Lesson, _text
+from fivefold.techniques.inference.repair import Repair
 from fivefold.training.module import load_module
 
 TEXT = "the lazy fox watched 42 others from the hill, and it jumps over the quick brown dog."
@@ -106,7 +107,7 @@ def test_pruned_models_recover_and_zeros_stay_zero(tiny: Callable[..., Model]) -
 def test_training_and_held_out_windows_are_disjoint(tiny: Callable[..., Model]) -> None:
     model = tiny(layers=2)
     plan = Repair(steps=4, tokens=256)._train(model)
-    train, held = _text(model, plan)
+    train, held = text(model, plan)
     assert plan.sequence == 128 and plan.steps == 4
     assert len(train) >= 4 and len(held) == 4
 
@@ -114,8 +115,8 @@ def test_training_and_held_out_windows_are_disjoint(tiny: Callable[..., Model]) 
 def test_the_held_out_score_is_the_kl_to_the_parent(tiny: Callable[..., Model]) -> None:
     damaged = Recipe.parse('gguf(type="q4_0", windows=1)').apply(tiny(layers=2))
     technique = Repair(steps=2, tokens=256)
-    _, held = _text(damaged, technique._train(damaged))
-    lesson = _Lesson(damaged, technique._student(damaged, 0), held)
+    _, held = text(damaged, technique._train(damaged))
+    lesson = Lesson(damaged, technique._student(damaged, 0), held)
     parent = load_module(damaged)
     with torch.no_grad():
         theirs = torch.log_softmax(parent(torch.as_tensor(held)).logits.double(), -1)

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from fivefold.engines import open_session
-from fivefold.errors import Misfit
+from fivefold.errors import Misfit, ModelError
 from fivefold.export import export
 from fivefold.model import load
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
 from fivefold.techniques._shared.residual import axes
+from fivefold.testing.tiny import tiny_model
 from fivefold.training.module import load_module
 from fivefold.weights import read_tensors
 
@@ -112,20 +113,26 @@ def test_the_strongest_axes_lose_less_than_the_weakest(tiny, monkeypatch):
     assert best < 0.7 * damage()
 
 
-def test_every_engine_reads_the_narrow_model_and_its_bytes_fall_by_the_formula(tiny, tmp_path):
-    model = tiny("llama", tied=False)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_every_engine_reads_the_narrow_model_and_its_bytes_fall_by_the_formula(tmp_path, family):
+    model = tiny_model(tmp_path / "parent", family, tied=False, context=128)
     recipe = Recipe.parse("slice_gpt(slice=0.5, windows=1)")
     done = recipe.apply(model)
     sizes = [sum(t.nbytes for _, t in read_tensors(m.path)) for m in (model, done)]
-    assert sizes[1] * 2 == sizes[0] and done.blueprint.parameters * 2 == model.blueprint.parameters
+    biases, new = (3 * 4 * 128, 3 * 4 * 32) if family == "qwen2" else (0, 0)
+    assert sizes[1] == (sizes[0] - biases) / 2 + biases + new
+    assert done.blueprint.parameters * 2 == model.blueprint.parameters and done.blueprint.family == "llama"
     assert done.coverage[-1].endswith("50.0% of all parameters removed")
     exported = export(Recipe.parse('gguf(type="f16")').apply(done), tmp_path / "half")
     tokens = list(range(5, 37))
     want = open_session(done).score(tokens)
-    for engine in ("llama.cpp", "openvino"):
+    for engine in ("llama.cpp", "openvino")[: 1 if family == "qwen2" else 2]:
         session = open_session(exported.but(run=replace(exported.run, engine=engine)))
         np.testing.assert_allclose(session.score(tokens), want, atol=0.02)
         session.close()
+    if family == "qwen2":
+        with pytest.raises(ModelError, match="openvino reads a llama with attention biases wrongly"):
+            open_session(exported.but(run=replace(exported.run, engine="openvino")))
 
 
 def test_a_width_the_heads_do_not_divide_is_served_too(tiny):

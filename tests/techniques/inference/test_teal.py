@@ -16,6 +16,7 @@ from fivefold.model import Model
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
 from fivefold.techniques._shared.modules import linears
+from fivefold.techniques._shared.sparsity_allocation import greedy
 from fivefold.techniques.inference.teal import Teal
 from fivefold.training.module import load_module
 
@@ -28,12 +29,19 @@ def served(model: Model, folder) -> Model:
     return export(model, folder)
 
 
+def kept(x: torch.Tensor, cut: float) -> torch.Tensor:
+    mask = x.abs() > cut
+    if x.shape[1] > 4:
+        mask[:, 0] = True
+    return mask
+
+
 def by_hand(model: Model, tokens: np.ndarray, cuts: dict[str, float]) -> torch.Tensor:
     """Logits of the parent's own modules, every linear layer reading its cut inputs."""
     module = load_module(model)
     for name, part in linears(module):
         part.weight.data = part.weight.data.bfloat16().float()
-        part.register_forward_pre_hook(lambda _, args, cut=cuts[name]: (args[0] * (args[0].abs() > cut),))
+        part.register_forward_pre_hook(lambda _, args, cut=cuts[name]: (args[0] * kept(args[0], cut),))
     with torch.no_grad():
         return module(torch.tensor(tokens)).logits
 
@@ -75,7 +83,7 @@ def test_about_the_wanted_share_is_dropped_on_other_text(tiny, tmp_path, sparsit
     from fivefold.tokenizer import Tokenizer
 
     model = tiny("llama")
-    done = Teal(sparsity=sparsity, windows=4).apply(model)
+    done = Teal(sparsity=sparsity, windows=4, allocation="uniform").apply(model)
     session = open_session(served(done, tmp_path / "out"))
     cache = None
     for token in Tokenizer(model.tokenizer_file).encode(OTHER)[:120]:
@@ -92,12 +100,12 @@ def test_about_the_wanted_share_is_dropped_on_other_text(tiny, tmp_path, sparsit
 def test_thresholds_are_quantiles_of_what_treated_predecessors_give(tiny):
     model = tiny("llama", layers=2)
     tokens = windows(model, 2)
-    found = Teal(sparsity=0.3).thresholds(load_module(model), tokens)
+    found = Teal(sparsity=0.3, allocation="uniform").thresholds(load_module(model), tokens)
     module, seen = load_module(model), {}
     for name, part in linears(module):
         def before(_, args, name=name):
             seen[name] = args[0].abs().flatten().sort().values
-            return (args[0] * (args[0].abs() > found[name]),)
+            return (args[0] * kept(args[0], found[name]),)
         part.register_forward_pre_hook(before)
     with torch.no_grad():
         module(torch.tensor(tokens))
@@ -105,6 +113,56 @@ def test_thresholds_are_quantiles_of_what_treated_predecessors_give(tiny):
     for name, sizes in seen.items():
         assert found[name] == pytest.approx(float(sizes[int(0.3 * len(sizes)) - 1]), rel=1e-5)
     assert found["model.layers.0.self_attn.q_proj"] == found["model.layers.0.self_attn.v_proj"]
+
+
+def test_greedy_finds_the_best_division_of_errors_that_add_up():
+    weights, sizes = {"a": 1.0, "b": 5.0, "c": 0.4}, {"a": 300, "b": 200, "c": 100}
+
+    def error(shares):
+        return sum(weights[k] * sizes[k] * shares[k] ** 2.5 for k in sizes)
+
+    found = greedy(error, sizes, 0.5)
+    grid = [i * 0.05 for i in range(20)]
+    fine = [
+        {"a": a, "b": b, "c": c} for a in grid for b in grid
+        if 0 <= (c := (300 - 300 * a - 200 * b) / 100) <= 0.95
+    ]
+    assert sum(sizes[k] * found[k] for k in sizes) == pytest.approx(300)
+    assert error(found) <= min(map(error, fine)) * 1.03
+    assert error(found) < 0.8 * error(dict.fromkeys(sizes, 0.5))
+    assert greedy(error, sizes, 0.0) == {"a": 0, "b": 0, "c": 0}
+
+
+def test_greedy_skips_the_wanted_weights_and_changes_layers_less(tiny):
+    model = tiny("llama", layers=2)
+    tokens, found = windows(model, 2), {}
+    for allocation in ("uniform", "greedy"):
+        cuts = Teal(sparsity=0.4, allocation=allocation).thresholds(load_module(model), tokens)
+        module, skipped = load_module(model), []
+        for name, part in linears(module):
+            def before(part, args, cut=cuts[name], skipped=skipped):
+                skipped.append((float((args[0].abs() <= cut).float().mean()), part.weight.numel()))
+                return (args[0] * kept(args[0], cut),)
+            part.register_forward_pre_hook(before)
+        with torch.no_grad():
+            args, kwargs = first(model, tokens)
+            want = load_module(model).base_model.layers[0](*args, **kwargs)
+            error = float((module.base_model.layers[0](*args, **kwargs) - want).square().mean())
+        share = sum(a * b for a, b in skipped) / sum(b for _, b in skipped)
+        assert share == pytest.approx(0.4, abs=0.02)
+        found[allocation] = error
+    assert found["greedy"] < found["uniform"]
+
+
+def first(model, tokens):
+    """The arguments of the first layer."""
+    module, seen = load_module(model), []
+    handle = module.base_model.layers[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        module(torch.tensor(tokens))
+    handle.remove()
+    return seen[0]
 
 
 def test_it_is_deterministic_and_says_what_it_covered(tiny):

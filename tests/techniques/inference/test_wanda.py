@@ -7,6 +7,7 @@ import torch
 from fivefold.errors import Misfit, RecipeError
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
+from fivefold.techniques._shared.zeros import smallest, smallest_of_groups
 from fivefold.techniques.inference.wanda import Wanda
 from fivefold.training.module import load_module
 from fivefold.weights import read_tensors
@@ -42,21 +43,17 @@ MATRICES = {
 
 @pytest.mark.parametrize("family", MATRICES)
 def test_it_prunes_what_brute_force_prunes_each_layer_seeing_its_pruned_predecessors(tiny, family):
+    """A layer's inputs in the finished model are those its pruned predecessors give."""
     model = tiny(family, layers=2)
     done = Wanda(sparsity=0.4, windows=2).apply(model)
     tokens = windows(model, 2)
     parent, pruned = load_module(model), load_module(done)
-    for depth, source in ((0, parent), (1, pruned)):
-        if depth == 1:  # layer 0 as pruned, layer 1 as it was
-            state = parent.state_dict()
-            source.load_state_dict({k: state[k] if ".1." in k else v for k, v in pruned.state_dict().items()})
-        for name in MATRICES[family]:
-            place = name.format(depth)
-            turned = family == "gpt2"
-            before = parent.get_submodule(place).weight.numpy()
-            after = dict(read_tensors(done.path))[f"{place}.weight"].numpy()
-            want = brute_force(before.T if turned else before, inputs_of(source, place, tokens), 0.4)
-            np.testing.assert_array_equal(after.T if turned else after, want)
+    for place in (name.format(depth) for name in MATRICES[family] for depth in (0, 1)):
+        turned = family == "gpt2"
+        before = parent.get_submodule(place).weight.numpy()
+        after = dict(read_tensors(done.path))[f"{place}.weight"].numpy()
+        want = brute_force(before.T if turned else before, inputs_of(pruned, place, tokens), 0.4)
+        np.testing.assert_array_equal(after.T if turned else after, want)
 
 
 def test_only_linear_layers_change_and_the_count_is_reported(tiny):
@@ -68,7 +65,7 @@ def test_only_linear_layers_change_and_the_count_is_reported(tiny):
     assert changed == {n for n in before if len(before[n].shape) == 2 and ".layers." in n}
     weights = sum(np.prod(before[n].shape) for n in changed)
     assert done.coverage[-1] == (
-        f"wanda: 21 linear layers, {weights // 4} of {weights} weights are 0; embedding and head kept"
+        f"wanda: 21 of 21 linear layers, {weights // 4} of {weights} weights are 0; embedding and head kept"
     )
     assert done.path != model.path
 
@@ -76,7 +73,7 @@ def test_only_linear_layers_change_and_the_count_is_reported(tiny):
 @pytest.mark.parametrize(("pattern", "n", "m"), [("2:4", 2, 4), ("4:8", 4, 8)])
 def test_patterns_keep_the_best_of_each_group(pattern, n, m):
     scores = torch.rand(16, 48, generator=torch.Generator().manual_seed(1))
-    mask = Wanda(pattern=pattern).smallest(scores).numpy()
+    mask = smallest_of_groups(scores, pattern).numpy()
     for row, gone in zip(scores.numpy(), mask, strict=True):
         for start in range(0, 48, m):
             group, cut = row[start : start + m], gone[start : start + m]
@@ -84,13 +81,16 @@ def test_patterns_keep_the_best_of_each_group(pattern, n, m):
             assert group[cut].max() < group[~cut].min()
 
 
-def test_what_cannot_be_is_refused():
+def test_what_cannot_be_is_refused(tiny):
     with pytest.raises(RecipeError, match="exactly half"):
         Wanda(pattern="2:4", sparsity=0.3)
     with pytest.raises(Misfit, match="multiple of 4, not 6"):
-        Wanda(pattern="2:4").smallest(torch.rand(2, 6))
-    with pytest.raises(RecipeError, match="outside"):
-        Wanda(sparsity=1.0)
+        smallest_of_groups(torch.rand(2, 6), "2:4")
+    with pytest.raises(Misfit, match="multiple of 8, not 68"):
+        Recipe.parse('wanda(pattern="4:8")').check(tiny(width=68))
+    for sparsity in (1.0, -0.1):
+        with pytest.raises(RecipeError, match="outside"):
+            Wanda(sparsity=sparsity)
 
 
 def test_nothing_is_pruned_at_zero(tiny):
@@ -126,7 +126,7 @@ def test_on_a_real_model_it_beats_magnitude_at_half_the_weights():
     module = load_module(model)
     for _, part in linears(module):
         weight = part.weight.data
-        weight.masked_fill_(Wanda(sparsity=0.5).smallest(weight.abs()), 0)
+        weight.masked_fill_(smallest(weight.abs(), weight.numel() // 2), 0)
     by_magnitude = log_probabilities(module)
     wanda, magnitude = (float((want.exp() * (want - got)).sum(-1).mean()) for got in (by_activation, by_magnitude))
     assert wanda < 0.7 * magnitude

@@ -48,8 +48,15 @@ def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:
 
 
 def cut(x: Tensor, threshold: float) -> Tensor:
-    """What a threshold leaves: values of at most that size become zero."""
-    return x.masked_fill(x.abs() <= threshold, 0)
+    """What a threshold leaves of (..., length, width): values of at most that size become zero.
+
+    Not in the first row of more than FEW: nearly every later token attends to the first one of a text, and its
+    activations are unlike all others'.
+    """
+    small = x.abs() <= threshold
+    if x.dim() > 1 and x.shape[-2] > FEW:
+        small[..., 0, :] = False
+    return x.masked_fill(small, 0)
 
 
 def matrix(tensors: Mapping[str, Tensor], name: str, rows: int, columns: int) -> Tensor:

@@ -66,6 +66,16 @@ def rounded(values: Tensor) -> Tensor:
     return codes(values, scale) * scale
 
 
+class _Layer(ctypes.Structure):
+    """`Layer` of native/int8.cpp."""
+
+    _fields_ = [
+        *[(name, ctypes.c_void_p) for name in ("codes", "start", "scale", "bias", "columns", "beside")],
+        *[(name, ctypes.c_int64) for name in ("besides", "rows", "width", "tiles", "quads")],
+        ("limit", ctypes.c_float),
+    ]
+
+
 class Int8Linear(nn.Module):
     """A linear layer over `pack`ed tensors: (..., columns) -> (..., rows), in the dtype of its input."""
 
@@ -87,19 +97,28 @@ class Int8Linear(nn.Module):
         beside = packed.get("beside", torch.zeros(self.out_features, 0, dtype=torch.bfloat16))
         self.beside = nn.Buffer(nn.functional.pad(beside.T, (0, missing)).contiguous())
         self.stored = "int8 with int8 activations"
+        self._few = SMALL // max(1, self.qweight.numel())
+        self._pointed()
+
+    def _pointed(self) -> None:
+        """Tell the kernel where the tensors lie; to be called when they move."""
+        rows, columns, tiles = self.out_features, self.in_features, len(self.qweight)
+        quads = self.qweight.shape[1]
+        pointers = [t.data_ptr() for t in (self.qweight, self.start, self.scale, self.bias, self.columns, self.beside)]
+        self._layer = _Layer(*pointers, len(self.columns), rows, columns, tiles, quads, self.limit)
+        self._address = ctypes.addressof(self._layer)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        raise TypeError("an 8-bit layer is neither moved nor cast; read the folder again in the dtype wanted")
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-        x = x.to(dtype).contiguous()
-        y = torch.empty(*x.shape[:-1], self.out_features, dtype=dtype)
+        if (dtype := x.dtype) not in (torch.float32, torch.bfloat16):
+            return self.forward(x.float()).to(dtype)
+        x = x if x.is_contiguous() else x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.out_features))
         count = x.numel() // self.in_features
-        few = count * self.qweight.numel() < SMALL
-        self.library.int8_linear(
-            self.qweight.data_ptr(), self.start.data_ptr(), self.scale.data_ptr(), self.bias.data_ptr(),
-            self.columns.data_ptr(), self.beside.data_ptr(), len(self.columns), self.out_features, self.in_features,
-            x.data_ptr(), y.data_ptr(), count, self.limit, dtype == torch.bfloat16,
-            1 if few else torch.get_num_threads(),
-        )
+        threads = 1 if count <= self._few else torch.get_num_threads()
+        self.library.int8_linear(self._address, x.data_ptr(), y.data_ptr(), count, dtype == torch.bfloat16, threads)
         return y
 
     def extra_repr(self) -> str:
@@ -132,10 +151,8 @@ def _tiled(q: Tensor) -> Tensor:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = _native.load("int8")
-    pointer, whole = ctypes.c_void_p, ctypes.c_int64
-    library.int8_linear.argtypes = [
-        *[pointer] * 6, *[whole] * 3, pointer, pointer, whole, ctypes.c_float, ctypes.c_int, ctypes.c_int,
-    ]
+    pointer, whole, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.int8_linear.argtypes = [pointer, pointer, pointer, whole, number, number]
     library.int8_linear.restype = None
     return library
 
@@ -165,7 +182,7 @@ def build(
     old: nn.Module, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.dtype
 ) -> Int8Linear | Int8Embedding:
     shape = old.weight.shape
-    if tuple(tensors["qweight"].shape) != tuple(shape):  # type: ignore[arg-type]
+    if tuple(tensors["qweight"].shape) != tuple(shape):
         raise ValueError(shape)
     if isinstance(old, nn.Embedding):
         return Int8Embedding(tensors, dtype)

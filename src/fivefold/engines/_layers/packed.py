@@ -74,6 +74,11 @@ def _nibbles(q: Tensor) -> Tensor:
     return torch.stack((q & 15, q >> 4), 2).view(len(q), -1)
 
 
+def _aligned(q: Tensor) -> Tensor:
+    """PyTorch's 8-bit kernel reads the last rows by aligned loads, and a tensor in a file may begin anywhere."""
+    return q if q.data_ptr() % 64 == 0 else q.clone()
+
+
 class PackedLinear(nn.Module):
     """A linear layer over `pack`ed tensors: (..., columns) -> (..., rows), in the dtype of its input."""
 
@@ -86,7 +91,7 @@ class PackedLinear(nn.Module):
         self.out_features = len(self.scale)
         self.bias = None if bias is None else nn.Buffer(bias)
         if self.bits == 8:
-            self.qweight = nn.Buffer(packed["qweight"])
+            self.qweight = nn.Buffer(_aligned(packed["qweight"]))
             self.in_features = self.qweight.shape[1]
             return
         q = _nibbles(packed["qweight"])
@@ -119,7 +124,7 @@ class PackedEmbedding(nn.Module):
 
     def __init__(self, packed: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         super().__init__()
-        self.qweight, self.scale = nn.Buffer(packed["qweight"]), nn.Buffer(packed["scale"])
+        self.qweight, self.scale = nn.Buffer(_aligned(packed["qweight"])), nn.Buffer(packed["scale"])
         self.dtype = dtype
 
     def as_head(self) -> PackedLinear:

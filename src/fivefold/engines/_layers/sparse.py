@@ -20,6 +20,8 @@ instruction the kernel takes the set bits one by one, which saves memory and lit
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +32,9 @@ from fivefold.engines import _native
 
 TENSORS = ("mask", "values", "bias")
 WORD = 32
-FEW = 16
+FEW = 8
+UNPACKED = 4 << 20
+"""Bytes in float32 that are unpacked at once."""
 
 
 def pack(weight: Tensor) -> dict[str, Tensor]:
@@ -70,53 +74,58 @@ class SparseLinear(nn.Module):
         self.mask, self.values = nn.Buffer(mask.contiguous()), nn.Buffer(values.contiguous())
         self.offsets = nn.Buffer(torch.empty(len(mask) + 1, dtype=torch.int64))
         self.bias = None if bias is None else nn.Buffer(bias)
-        self._library = _native.load("sparse")
-        count = self._library.sparse_offsets
-        count.restype = _native.ctypes.c_int64
-        stored = count(_pointer(self.mask), _long(len(mask)), columns, _pointer(self.offsets))
+        library = _library()
+        self._places = (self.mask.data_ptr(), self.values.data_ptr(), self.offsets.data_ptr())
+        stored = library.sparse_offsets(self._places[0], len(mask), columns, self._places[2])
         if stored != len(values) - WORD:
             raise ValueError("the mask does not count the values")
+        self._product, self._unpack = library.sparse_product, library.sparse_unpack
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        if len(flat) > FEW or x.dtype not in (torch.float32, torch.bfloat16):
-            y = nn.functional.linear(flat, self.dense(x.dtype))
-        else:
-            y = self._product(flat.contiguous())
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        inputs = x.numel() // self.in_features
+        if inputs > FEW or x.dtype not in (torch.float32, torch.bfloat16):
+            return self._many(x)
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        self._product(
+            *self._places, x.data_ptr(), y.data_ptr(), self.out_features, self.in_features, inputs,
+            x.dtype is torch.bfloat16, torch.get_num_threads(),
+        )
+        return y if self.bias is None else y + self.bias
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix, (rows, columns)."""
+    def _many(self, x: Tensor) -> Tensor:
+        """Some rows of the matrix at a time, so that they stay in the cache and the whole is never in memory."""
+        step = max(1, UNPACKED // (4 * self.in_features))
+        parts = [nn.functional.linear(x, self.dense(x.dtype, first, min(first + step, self.out_features)))
+                 for first in range(0, self.out_features, step)]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:
+        """Rows `first` to `end` of the matrix, (rows, columns)."""
         exact = dtype if dtype is torch.bfloat16 else torch.float32
-        out = torch.empty(self.out_features, self.in_features, dtype=exact)
-        self._library.sparse_unpack(
-            *self._matrix(), _pointer(out), _long(self.out_features), self.in_features,
-            int(exact is torch.bfloat16), torch.get_num_threads(),
+        out = torch.empty((self.out_features if end is None else end) - first, self.in_features, dtype=exact)
+        mask, values, offsets = self._places
+        self._unpack(
+            mask + first * self.mask.stride(0) * 4, values, offsets + first * 8, out.data_ptr(), len(out),
+            self.in_features, exact is torch.bfloat16, torch.get_num_threads(),
         )
         return out.to(dtype)
-
-    def _product(self, x: Tensor) -> Tensor:
-        y = x.new_empty(len(x), self.out_features)
-        self._library.sparse_product(
-            *self._matrix(), _pointer(x), _pointer(y), _long(self.out_features), self.in_features, len(x),
-            int(x.dtype is torch.bfloat16), torch.get_num_threads(),
-        )
-        return y
-
-    def _matrix(self) -> tuple[Any, Any, Any]:
-        return _pointer(self.mask), _pointer(self.values), _pointer(self.offsets)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, nonzero={len(self.values) - WORD}"
 
 
-def _pointer(tensor: Tensor) -> Any:
-    return _native.ctypes.c_void_p(tensor.data_ptr())
-
-
-_long = _native.ctypes.c_int64
+@functools.cache
+def _library() -> ctypes.CDLL:
+    library = _native.load("sparse")
+    place, long, whole = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.sparse_offsets.argtypes = [place, long, whole, place]
+    library.sparse_offsets.restype = long
+    library.sparse_product.argtypes = [place] * 5 + [long] + [whole] * 4
+    library.sparse_unpack.argtypes = [place] * 4 + [long] + [whole] * 3
+    library.sparse_product.restype = library.sparse_unpack.restype = None
+    return library
 
 
 def build(

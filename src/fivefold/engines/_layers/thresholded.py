@@ -37,7 +37,7 @@ class ThresholdedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, half = rows_of(x, self.in_features)
         if len(rows) > FEW:
-            return self._densely(rows).view(*x.shape[:-1], self.out_features).to(x.dtype)
+            return self._densely(rows.view(x.shape)).to(x.dtype)
         y = torch.empty(len(rows), self.out_features, dtype=rows.dtype)
         bias = None if self.bias is None else self.bias.data_ptr()
         self.kept += self._kernel(
@@ -47,8 +47,8 @@ class ThresholdedLinear(nn.Module):
         self.seen += rows.numel()
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def _densely(self, rows: Tensor) -> Tensor:
-        y = cut(rows, self.threshold) @ self.columns.to(rows.dtype)
+    def _densely(self, x: Tensor) -> Tensor:
+        y = cut(x, self.threshold) @ self.columns.to(x.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:

@@ -41,7 +41,7 @@ class ThresholdedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows, half = rows_of(x, self.width)
         if len(rows) > FEW:
-            return self._densely(rows).view(x.shape).to(x.dtype)
+            return self._densely(rows.view(x.shape)).to(x.dtype)
         y = torch.empty_like(rows)
         self._kernel(
             rows.data_ptr(), half, len(rows), self.width, self.ffn, self.gate_up.data_ptr(),
@@ -50,9 +50,9 @@ class ThresholdedFeedForward(nn.Module):
         self.seen += len(rows)
         return y.view(x.shape).to(x.dtype)
 
-    def _densely(self, rows: Tensor) -> Tensor:
-        gate, up = (cut(rows, self.threshold) @ self.gate_up.to(rows.dtype)).split(self.ffn, 1)
-        return cut(self.act(gate) * up, self.threshold_down) @ self.down.to(rows.dtype)
+    def _densely(self, x: Tensor) -> Tensor:
+        gate, up = (cut(x, self.threshold) @ self.gate_up.to(x.dtype)).split(self.ffn, -1)
+        return cut(self.act(gate) * up, self.threshold_down) @ self.down.to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.width}, {self.ffn}, thresholds={self.threshold:.3g}, {self.threshold_down:.3g}"

@@ -21,11 +21,7 @@
 #define WIDE 1
 #endif
 
-namespace {
-
-constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TILES = 3, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
-constexpr uint32_t INFINITE = 0x7f800000u;
-
+extern "C" {
 struct Layer {
     const int8_t *codes;
     const int32_t *start;  // -128 times the sum of a row's codes
@@ -35,6 +31,12 @@ struct Layer {
     int64_t besides, rows, width, tiles, quads;
     float limit;
 };
+}
+
+namespace {
+
+constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TILES = 3, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
+constexpr uint32_t INFINITE = 0x7f800000u;
 
 struct Odd { int32_t column; float value; };
 
@@ -84,41 +86,54 @@ float quantized(const Layer &a, const T *x, uint8_t *out, std::vector<float> &ro
 }
 
 #ifdef WIDE
+inline void add_products(__m512i &sum, __m512i p, __m512i q) { sum = _mm512_dpbusd_epi32(sum, p, q); }
+inline __m512i four_of(const uint8_t *x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
 template <int B, int M>
 inline void dots(const Layer &a, int64_t tile, const uint8_t *x, int32_t (*out)[M][ROWS]) {
     const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
     const int8_t *w = a.codes + tile * size;
-    constexpr int U = B * M < 6 ? 4 : 1;  // sums per result: as many as hide the latency
-    __m512i sum[U][B][M];
-    for (int u = 0; u < U; ++u)
-        for (int b = 0; b < B; ++b)
-            for (int m = 0; m < M; ++m)
-                sum[u][b][m] = u ? _mm512_setzero_si512() : _mm512_loadu_si512(a.start + (tile + b) * ROWS);
-    auto step = [&](int64_t k, int u) {
+    __m512i sum[B][M];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) sum[b][m] = _mm512_loadu_si512(a.start + (tile + b) * ROWS);
+#pragma GCC unroll 1
+    for (const uint8_t *end = x + stride; x < end; x += QUAD, w += VECTOR) {
         __m512i q[B];
-        for (int b = 0; b < B; ++b) q[b] = _mm512_loadu_si512(w + b * size + k * VECTOR);
-        if (M == 1) _mm_prefetch((const char *)w + k * VECTOR + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) q[b] = _mm512_loadu_si512(w + b * size);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
-            int32_t four;
-            std::memcpy(&four, x + m * stride + k * QUAD, 4);
-            const __m512i p = _mm512_set1_epi32(four);
-#pragma GCC unroll 4
-            for (int b = 0; b < B; ++b) sum[u][b][m] = _mm512_dpbusd_epi32(sum[u][b][m], p, q[b]);
+            const __m512i p = four_of(x + m * stride);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; ++b) add_products(sum[b][m], p, q[b]);
         }
-    };
-    int64_t k = 0;
-    for (; k + U <= a.quads; k += U) {
-#pragma GCC unroll 4
-        for (int u = 0; u < U; ++u) step(k + u, u);
     }
-    for (; k < a.quads; ++k) step(k, 0);
+#pragma GCC unroll 8
     for (int b = 0; b < B; ++b)
-        for (int m = 0; m < M; ++m) {
-            __m512i all = sum[0][b][m];
-            for (int u = 1; u < U; ++u) all = _mm512_add_epi32(all, sum[u][b][m]);
-            _mm512_storeu_si512(out[b][m], all);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) _mm512_storeu_si512(out[b][m], sum[b][m]);
+}
+
+// One token: a tile is one stream, four sums along it.
+inline void dots_one(const Layer &a, int64_t tile, const uint8_t *x, int32_t *out) {
+    const int8_t *w = a.codes + tile * a.quads * VECTOR;
+    const int64_t whole = a.quads / 4 * 4;
+    __m512i sum[4] = {_mm512_loadu_si512(a.start + tile * ROWS)};
+    int64_t k = 0;
+    for (; k < whole; k += 4)
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; ++u) {
+            _mm_prefetch((const char *)w + (k + u) * VECTOR + AHEAD, _MM_HINT_T0);
+            add_products(sum[u], four_of(x + (k + u) * QUAD), _mm512_loadu_si512(w + (k + u) * VECTOR));
         }
+    for (; k < a.quads; ++k) add_products(sum[0], four_of(x + k * QUAD), _mm512_loadu_si512(w + k * VECTOR));
+    _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
 }
 #else
 template <int B, int M>
@@ -135,6 +150,10 @@ inline void dots(const Layer &a, int64_t tile, const uint8_t *x, int32_t (*out)[
                         sum[i] += int32_t(x[m * stride + k * QUAD + c]) * w[k * VECTOR + i * QUAD + c];
             std::memcpy(out[b][m], sum, sizeof sum);
         }
+}
+
+inline void dots_one(const Layer &a, int64_t tile, const uint8_t *x, int32_t *out) {
+    dots<1, 1>(a, tile, x, (int32_t(*)[1][ROWS])out);
 }
 #endif
 
@@ -171,7 +190,9 @@ struct Tokens {
 template <int B, int M, class T>
 void tiles_times(const Layer &a, int64_t tile, const Tokens &t, int64_t first, T *y) {
     int32_t sum[B][M][ROWS];
-    dots<B, M>(a, tile, t.codes.data() + first * a.quads * QUAD, sum);
+    const uint8_t *x = t.codes.data() + first * a.quads * QUAD;
+    if (B == 1 && M == 1) dots_one(a, tile, x, sum[0][0]);
+    else dots<B, M>(a, tile, x, sum);
     for (int b = 0; b < B; ++b) {
         const int64_t row = (tile + b) * ROWS, count = std::min<int64_t>(ROWS, a.rows - row);
         for (int m = 0; m < M; ++m) {
@@ -243,13 +264,9 @@ template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, 
 extern "C" {
 
 // y (count, rows) of x (count, width), both float (half 0) or bfloat16 (half 1). `start`, `scale`, `bias` and the rows
-// of `beside` have 16 tiles entries. `limit` below infinity counts only without `columns`.
-void int8_linear(const int8_t *codes, const int32_t *start, const float *scale, const float *bias,
-                 const int32_t *columns, const uint16_t *beside, int64_t besides, int64_t rows, int64_t width,
-                 const void *x, void *y, int64_t count, float limit, int half, int threads) {
-    const Layer a{codes, start, scale, bias, columns, beside, besides, rows, width,
-                  (rows + ROWS - 1) / ROWS, (width + QUAD - 1) / QUAD, limit};
-    if (half) linear(a, (const uint16_t *)x, (uint16_t *)y, count, threads);
-    else linear(a, (const float *)x, (float *)y, count, threads);
+// of `beside` have 16 tiles entries. `limit` counts only without `columns`.
+void int8_linear(const Layer *a, const void *x, void *y, int64_t count, int half, int threads) {
+    if (half) linear(*a, (const uint16_t *)x, (uint16_t *)y, count, threads);
+    else linear(*a, (const float *)x, (float *)y, count, threads);
 }
 }

@@ -4,9 +4,10 @@
 //   values   bfloat16 (stored + 32) the stored weights, row after row in the order of the columns, then 32 that pad
 //   offsets  int64 (rows + 1)       where each row begins in `values`
 //
-// 32 weights are spread to their columns by one instruction (vpexpandw, AVX-512 VBMI2) and multiplied as float32: a
-// bfloat16 is the upper half of a float32, so the even columns are a shift and the odd ones a mask away. The input is
-// laid out so beforehand: of every 32 columns the 16 even ones, then the 16 odd ones. Sums are in float32.
+// 32 weights are spread to their columns by one instruction (vpexpandw, AVX-512 VBMI2). With inputs in bfloat16 one more
+// multiplies and adds pairs of them (vdpbf16ps, AVX-512 BF16). With inputs in float32 the weights are widened: a
+// bfloat16 is the upper half of a float32, so the even columns are a shift and the odd ones a mask away, and the input
+// is laid out so beforehand, of every 32 columns the 16 even ones and then the 16 odd ones. Sums are in float32.
 
 #include <cstdint>
 #include <cstring>
@@ -18,7 +19,8 @@
 
 namespace {
 
-constexpr int AT_ONCE = 4;  // inputs that share one reading of a row
+constexpr int AT_ONCE = 4;   // inputs that share one reading of a row
+constexpr int AHEAD = 4096;  // bytes: past the page, where the processor does not look ahead by itself
 
 float widened(uint16_t half) {
     const uint32_t bits = uint32_t(half) << 16;
@@ -38,7 +40,8 @@ uint16_t narrowed(float value) {
 
 __m512i spread(uint32_t mask, const uint16_t*& at) {
     __m512i w = _mm512_loadu_si512(at);
-    __asm__("" : "+v"(w));  // reading in the same instruction as spreading is many times slower on AMD
+    __asm__("" : "+v"(w));  // spreading straight from memory is slower
+    _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD, _MM_HINT_T0);
     at += __builtin_popcount(mask);
     return _mm512_maskz_expand_epi16(mask, w);
 }
@@ -53,8 +56,18 @@ void add(__m512i w, const float* x, int64_t stride, __m512* sums) {
     }
 }
 
+#ifdef __AVX512BF16__
 template <int N>
-void dot(const uint32_t* mask, const uint16_t* at, const float* x, int words, int64_t stride, float* out) {
+void add(__m512i w, const uint16_t* x, int64_t stride, __m512* sums) {
+    for (int n = 0; n < N; n++) {
+        const __m512i in = _mm512_loadu_si512(x + n * stride);
+        sums[2 * n] = _mm512_dpbf16_ps(sums[2 * n], (__m512bh)w, (__m512bh)in);
+    }
+}
+#endif
+
+template <int N, typename X>
+void dot(const uint32_t* mask, const uint16_t* at, const X* x, int words, int64_t stride, float* out) {
     __m512 first[2 * N], second[2 * N];
     for (int k = 0; k < 2 * N; k++) first[k] = second[k] = _mm512_setzero_ps();
     int word = 0;
@@ -86,17 +99,35 @@ void dot(const uint32_t* mask, const uint16_t* at, const float* x, int words, in
 
 #endif
 
-void lay_out(const void* x, int64_t input, int columns, bool half, float* out) {
-    for (int j = 0; j < columns; j++) {
-        const int64_t from = input * columns + j;
-        const float value = half ? widened(static_cast<const uint16_t*>(x)[from]) : static_cast<const float*>(x)[from];
-        out[j / 32 * 32 + (j & 1) * 16 + j % 32 / 2] = value;
-    }
+void put(uint16_t* to, float value) { *to = narrowed(value); }
+void put(float* to, float value) { *to = value; }
+float read(uint16_t value) { return widened(value); }
+float read(float value) { return value; }
+
+template <typename X>
+void lay_out(const X* x, int columns, float* out) {
+    for (int j = 0; j < columns; j++) out[j / 32 * 32 + (j & 1) * 16 + j % 32 / 2] = read(x[j]);
 }
 
-void put(void* to, int64_t at, float value, bool half) {
-    if (half) static_cast<uint16_t*>(to)[at] = narrowed(value);
-    else static_cast<float*>(to)[at] = value;
+template <typename X, typename Y>
+void product(const uint32_t* mask, const uint16_t* values, const int64_t* offsets, const X* x, Y* y, int64_t rows,
+             int words, int inputs, int threads) {
+    const int64_t stride = int64_t(words) * 32;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const uint32_t* own = mask + row * words;
+        const uint16_t* at = values + offsets[row];
+        float sums[AT_ONCE];
+        for (int n = 0; n < inputs;) {
+            const int some = inputs - n >= AT_ONCE ? AT_ONCE : inputs - n >= 2 ? 2 : 1;
+            const X* in = x + n * stride;
+            if (some == AT_ONCE) dot<AT_ONCE>(own, at, in, words, stride, sums);
+            else if (some == 2) dot<2>(own, at, in, words, stride, sums);
+            else dot<1>(own, at, in, words, stride, sums);
+            for (int k = 0; k < some; k++) put(y + int64_t(n + k) * rows + row, sums[k]);
+            n += some;
+        }
+    }
 }
 
 }  // namespace
@@ -122,25 +153,26 @@ void sparse_product(const uint32_t* mask, const uint16_t* values, const int64_t*
                     int64_t rows, int columns, int inputs, int half, int threads) {
     const int words = (columns + 31) / 32;
     const int64_t stride = int64_t(words) * 32;
+#if defined(EXPAND) && defined(__AVX512BF16__)
+    if (half) {
+        static thread_local std::vector<uint16_t> kept;
+        kept.assign(size_t(stride) * inputs, 0);
+        for (int n = 0; n < inputs; n++)
+            std::memcpy(kept.data() + n * stride, static_cast<const uint16_t*>(x) + int64_t(n) * columns, columns * 2);
+        product(mask, values, offsets, kept.data(), static_cast<uint16_t*>(y), rows, words, inputs, threads);
+        return;
+    }
+#endif
     static thread_local std::vector<float> kept;
     kept.assign(size_t(stride) * inputs, 0.0f);
-    for (int n = 0; n < inputs; n++) lay_out(x, n, columns, half, kept.data() + n * stride);
-    const float* laid = kept.data();
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        const uint32_t* own = mask + row * words;
-        const uint16_t* at = values + offsets[row];
-        float sums[AT_ONCE];
-        for (int n = 0; n < inputs;) {
-            const int some = inputs - n >= AT_ONCE ? AT_ONCE : inputs - n >= 2 ? 2 : 1;
-            const float* in = laid + n * stride;
-            if (some == AT_ONCE) dot<AT_ONCE>(own, at, in, words, stride, sums);
-            else if (some == 2) dot<2>(own, at, in, words, stride, sums);
-            else dot<1>(own, at, in, words, stride, sums);
-            for (int k = 0; k < some; k++) put(y, int64_t(n + k) * rows + row, sums[k], half);
-            n += some;
-        }
+    for (int n = 0; n < inputs; n++) {
+        const int64_t from = int64_t(n) * columns;
+        float* to = kept.data() + n * stride;
+        if (half) lay_out(static_cast<const uint16_t*>(x) + from, columns, to);
+        else lay_out(static_cast<const float*>(x) + from, columns, to);
     }
+    if (half) product(mask, values, offsets, kept.data(), static_cast<uint16_t*>(y), rows, words, inputs, threads);
+    else product(mask, values, offsets, kept.data(), static_cast<float*>(y), rows, words, inputs, threads);
 }
 
 // The dense matrix, (rows, columns) in bfloat16 or float32.
@@ -166,7 +198,11 @@ void sparse_unpack(const uint32_t* mask, const uint16_t* values, const int64_t* 
             _mm512_mask_storeu_epi32(place, uint16_t((uint64_t(1) << (here < 16 ? here : 16)) - 1), low);
             if (here > 16) _mm512_mask_storeu_epi32(place + 16, uint16_t((uint64_t(1) << (here - 16)) - 1), high);
 #else
-            for (int j = 0; j < here; j++) put(out, to + j, bits >> j & 1 ? widened(*at++) : 0.0f, half);
+            for (int j = 0; j < here; j++) {
+                const uint16_t w = bits >> j & 1 ? *at++ : uint16_t(0);
+                if (half) static_cast<uint16_t*>(out)[to + j] = w;
+                else static_cast<float*>(out)[to + j] = widened(w);
+            }
 #endif
         }
     }

@@ -60,13 +60,13 @@ def gated(model: Model) -> tuple[list[str], str | None]:
 def feed_forwards(model: Model, owner: str) -> tuple[list[str], str]:
     """`gated` of a model in which every layer has one. Raises Misfit."""
     found, kind = gated(model)
-    if len(found) != model.blueprint.layers or kind is None:
+    if len(found) != model.blueprint.layers:
         raise Misfit(
-            f"{owner} treats gated feed-forwards (gate, up and down without biases), and {model.name} has"
-            f" {len(found)} with a known activation in {model.blueprint.layers} layers; use teal instead"
-            if kind else f"{owner} knows the activations {', '.join(sorted(ACTIVATIONS))}, not that of {model.name};"
-            " use teal instead"
+            f"{owner} treats gated feed-forwards (gate, up and down without biases), and {model.name} has {len(found)}"
+            f" in {model.blueprint.layers} layers; use teal instead"
         )
+    if kind is None:
+        raise Misfit(f"{owner} knows the activations {', '.join(ACTIVATIONS)}, not that of {model.name}; use teal")
     return found, kind
 
 
@@ -101,6 +101,8 @@ def thresholding(parts: Mapping[str, Any], share: Callable[[str], float]) -> Ite
 
     `share(name)` is the fraction to drop; yields name -> threshold. Parts that read one tensor get one threshold.
     """
+    from fivefold.engines._layers._gather import cut as leave_out
+
     found: dict[str, float] = {}
     last: list[Any] = [None, None]
 
@@ -109,7 +111,7 @@ def thresholding(parts: Mapping[str, Any], share: Callable[[str], float]) -> Ite
         if last[0] is not x:
             cut = found.get(name)
             cut = threshold(x.abs(), share(name)) if cut is None else cut
-            last[:] = [x, (cut, x.masked_fill(x.abs() <= cut, 0))]
+            last[:] = [x, (cut, leave_out(x, cut))]
         found[name], kept = last[1]
         return (kept, *args[1:])
 

@@ -18,9 +18,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ KEPT = 2
 LEAST_ROWS, ROW_SHARE, MOST_ROWS = 96, 8, 2048
 """A sample has every ROW_SHARE-th row, but no fewer than LEAST_ROWS and no more than MOST_ROWS."""
 Packed = NDArray[np.uint8]
+Rounding = Literal["both", "feedback", "nearest"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Candidates:
     model: Model
     damage: Mapping[str, Mapping[str, float]]
     tokens: int
-    feedback: bool
+    rounding: Rounding
     note: str
 
     def round(self, chosen: Mapping[str, str]) -> Rounded:
@@ -84,22 +85,23 @@ class Candidates:
 
     def _round(self, name: str, kind: str, tensor: Any) -> None:
         matrix, curvature = tensor.numpy(), load_curvature(self.folder, name).shrunk(self.tokens)
-        data = rounded(matrix, kind, curvature, feedback=self.feedback)
+        data = rounded(matrix, kind, curvature, self.rounding)
         damage = curvature.damage(_error(matrix, data, kind))
         atomic_file(self._file(name, kind), lambda out: np.savez(out, data=data, damage=damage))
 
 
 def prepare(
-    model: Model, types: Mapping[str, tuple[str, ...]], *, windows: int, length: int, feedback: bool
+    model: Model, types: Mapping[str, tuple[str, ...]], *, windows: int, length: int, rounding: Rounding
 ) -> Candidates:
     """Judge all of `types` (exported name -> types), or take the same work from the cache."""
     from fivefold.engines._quantize import quantize
     from fivefold.techniques._shared.feedback import round_with_feedback
+    from fivefold.techniques._shared.two_sided import round_both_ways
 
     tokens = calibration_windows(model, windows, length)
     shape = (model.blueprint.heads, model.blueprint.kv_heads)
-    code = [source_hash(part) for part in (prepare, curvatures, round_with_feedback, quantize)]
-    asked = json.dumps([code, sorted(types.items()), feedback, shape])
+    code = [source_hash(part) for part in (prepare, curvatures, round_with_feedback, round_both_ways, quantize)]
+    asked = json.dumps([code, sorted(types.items()), rounding, shape])
     parts = [asked.encode(), tokens.tobytes(), *(sha256(f).encode() for f in sorted(model.path.glob("*.safetensors")))]
     folder = cache_dir() / "candidates" / hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     start = time.perf_counter()
@@ -111,16 +113,16 @@ def prepare(
         else:
             remove_partial(folder)
             with atomic_folder(folder) as work:
-                _judge(work, model, types, tokens, feedback)
+                _judge(work, model, types, tokens, rounding)
                 write_text(work / "seconds.txt", f"{time.perf_counter() - start:.1f}")
             _forget(folder.parent)
             note = f"; damages predicted anew from {tokens.size} calibration tokens"
     damage = json.loads((folder / "damage.json").read_text())
-    return Candidates(folder=folder, model=model, damage=damage, tokens=tokens.size, feedback=feedback, note=note)
+    return Candidates(folder=folder, model=model, damage=damage, tokens=tokens.size, rounding=rounding, note=note)
 
 
 def _judge(
-    work: Path, model: Model, types: Mapping[str, tuple[str, ...]], tokens: NDArray[np.int64], feedback: bool
+    work: Path, model: Model, types: Mapping[str, tuple[str, ...]], tokens: NDArray[np.int64], rounding: Rounding
 ) -> None:
     import torch
 
@@ -128,13 +130,13 @@ def _judge(
     from fivefold.training.module import load_module
 
     module = load_module(model, torch.float32)
-    save_curvatures(work, curvatures(model, module, tokens))
+    save_curvatures(work, curvatures(model, module, tokens, outputs=rounding == "both"))
     del module
     tensors = exported_tensors(model.path)
 
     def judge(name: str) -> dict[str, float]:
         curvature = load_curvature(work, name).shrunk(tokens.size)
-        return sampled_damage(tensors[name].numpy(), types[name], curvature, feedback=feedback)
+        return sampled_damage(tensors[name].numpy(), types[name], curvature, rounding)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool, OneThreadEach():
         damage = dict(zip(types, pool.map(judge, types), strict=True))
@@ -142,16 +144,28 @@ def _judge(
 
 
 def sampled_damage(
-    matrix: NDArray[np.float32], kinds: tuple[str, ...], curvature: Curvature, *, feedback: bool
+    matrix: NDArray[np.float32], kinds: tuple[str, ...], curvature: Curvature, rounding: Rounding
 ) -> dict[str, float]:
-    """Type -> predicted KL of the whole matrix, from a sample of its rows."""
+    """Type -> predicted KL of the whole matrix, from a sample of its rows.
+
+    The sample is rounded row by row; what feedback over rows will still gain is foretold by its factor.
+    """
     rows, share = sample(curvature.row_weights(matrix))
-    part = np.ascontiguousarray(matrix[rows])
-    found = {}
+    part, apart = np.ascontiguousarray(matrix[rows]), replace(curvature, outputs=None)
+    gain, found = _gain(curvature), {}
     for kind in kinds:
-        error = _error(part, rounded(part, kind, curvature, feedback=feedback, sweeps=0), kind)
-        found[kind] = float(share @ curvature.row_damage(error, rows))
+        error = _error(part, rounded(part, kind, apart, rounding, sweeps=0), kind)
+        found[kind] = gain * float(share @ apart.row_damage(error, rows))
     return found
+
+
+def _gain(curvature: Curvature) -> float:
+    """The mean weight of a row when those after it make up for its errors, as a share of its weight alone."""
+    from fivefold.techniques._shared.feedback import factor
+
+    if curvature.outputs is None:
+        return 1.0
+    return float(factor(curvature.outputs).diagonal().double().pow(-2).mean())
 
 
 def sample(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], Any]:
@@ -168,16 +182,20 @@ def sample(weights: NDArray[np.float64]) -> tuple[NDArray[np.int64], Any]:
 
 
 def rounded(
-    matrix: NDArray[np.float32], kind: str, curvature: Curvature, *, feedback: bool, sweeps: int | None = None
+    matrix: NDArray[np.float32], kind: str, curvature: Curvature, rounding: Rounding, *, sweeps: int | None = None
 ) -> Packed:
-    """The matrix in type `kind`; without feedback each block alone, weighed by H's diagonal."""
+    """The matrix in type `kind`; "nearest" rounds each block alone, weighed by H's diagonal."""
     from fivefold.engines._quantize import quantize
-    from fivefold.techniques._shared.feedback import SWEEPS, importance, round_with_feedback
+    from fivefold.techniques._shared import feedback, two_sided
 
     hessian = curvature.hessian()
-    if not feedback or kind == "f16":
-        return quantize(matrix, kind, importance(hessian), threads=1)
-    return round_with_feedback(matrix, kind, hessian, curvature.upper, sweeps=SWEEPS if sweeps is None else sweeps)
+    if rounding == "nearest" or kind == "f16":
+        return quantize(matrix, kind, feedback.importance(hessian), threads=1)
+    if rounding == "feedback":
+        count = feedback.SWEEPS if sweeps is None else sweeps
+        return feedback.round_with_feedback(matrix, kind, hessian, curvature.upper, sweeps=count)
+    count = two_sided.SWEEPS if sweeps is None else sweeps
+    return two_sided.round_both_ways(matrix, kind, hessian, curvature.upper, curvature.outputs, sweeps=count)
 
 
 def _error(matrix: NDArray[np.float32], data: Packed, kind: str) -> Any:

@@ -59,7 +59,7 @@ def texts(model: Model, plan: TrainPlan) -> tuple[Examples, Examples]:
     from fivefold.techniques._shared.calibration import up_to
 
     wanted = -(-plan.steps * plan.tokens_per_step // plan.sequence) + HELD_OUT
-    found = up_to(model, wanted, plan.sequence)
+    found = up_to(model, max(wanted, 2 * HELD_OUT), plan.sequence)
     if len(found) < 2 * HELD_OUT:
         raise DataError(f"distillation needs a calibration text of {2 * HELD_OUT * plan.sequence} tokens and there are"
                         f" {found.size}; give a longer one")

@@ -5,9 +5,9 @@ of squares of a matrix. So the best W' of rank r truncates the singular value de
 
     W' = U_r S_r V_r^T L^-1,    error = sum of the S_k^2 cut off,    r (m + n) numbers for m n
 
-Only one side of it is needed, so the smaller Gram matrix is decomposed: of m <= n rows, W C W^T = U S^2 U^T and
-W' = U_r (U_r^T W), without any inverse; else (W L)^T (W L) = V S^2 V^T and W' = (W L V_r) (V_r^T L^-1). C from few
-tokens is singular, so for the latter RIDGE of its mean diagonal is added to its own.
+U_r alone is enough, as U_r S_r V_r^T L^-1 = U_r (U_r^T W): no inverse. The smaller Gram matrix is decomposed: of
+m <= n rows, W C W^T = U S^2 U^T; else (W L)^T (W L) = V S^2 V^T, and U_r is an orthogonal basis of W L V_r. C from few
+tokens is singular; for L, RIDGE of its mean diagonal is added to its own.
 
 Source: SVD-LLM (Wang et al., arXiv 2403.07378).
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-RIDGE = 1e-6
+RIDGE = 1e-10
 
 
 def rank_of(rows: int, columns: int, removed: float) -> int:
@@ -38,16 +38,13 @@ def factor(
     weight = weight.double()
     rows, columns = weight.shape
     if rows <= columns:
-        gram = weight @ weight.T if moment is None else weight @ moment.double() @ weight.T
-        values, vectors = _descending(gram)
+        values, vectors = _descending(weight @ weight.T if moment is None else weight @ moment.double() @ weight.T)
         up = vectors[:, :rank]
-        return up.T @ weight, up, values
-    root = torch.eye(columns, dtype=torch.float64) if moment is None else cholesky(moment)
-    whitened = weight @ root
-    values, vectors = _descending(whitened.T @ whitened)
-    right = vectors[:, :rank]
-    down = torch.linalg.solve_triangular(root, right.T, upper=False, left=False)
-    return down, whitened @ right, values
+    else:
+        whitened = weight if moment is None else weight @ cholesky(moment)
+        values, vectors = _descending(whitened.T @ whitened)
+        up = torch.linalg.qr(whitened @ vectors[:, :rank]).Q
+    return up.T @ weight, up, values
 
 
 def _descending(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,8 +73,8 @@ class Moments:
         if tensor is inputs and name not in self.sums:
             self.sums[name], self.rows[name] = self.sums[first], self.rows[first]
             return
-        flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        found = (flat.T @ flat).double()
+        flat = inputs.detach().reshape(-1, inputs.shape[-1]).double()
+        found = flat.T @ flat
         self.sums[name] = self.sums[name] + found if name in self.sums else found
         self.rows[name] = self.rows.get(name, 0) + len(flat)
         self._last = (inputs, name)

@@ -5,8 +5,9 @@
 
 Scales and offsets are half precision, as every engine here stores them, and codes are rounded against the *stored*
 ones. "range" takes them from the extremes of the group: no weight is clipped, and the error is at most s / 2. "fit"
-minimises sum_j c_j (w_j - w'_j)^2 instead, c_j the weight of column j: narrower ranges are tried, each with scale and
-offset fitted to its codes by least squares, and the best is kept. An outlier may then be clipped for the sake of all.
+minimises sum_j c_j (w_j - w'_j)^2 instead, c_j the weight of column j: ranges with either or both ends drawn in are
+tried, scale and offset fitted to the codes by least squares twice, and the best is kept: within 1 % of a fine search of
+both ends, on weights of SmolLM2 and on heavy-tailed ones. An outlier may then be clipped for the sake of all.
 
 Source: the same search, without the weights, is in GPTQ's code (Frantar et al., arXiv 2210.17323) and in ggml.
 """
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 How = Literal["range", "fit"]
-NARROWER = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74, 0.68, 0.6)
+NARROWER = (1.0, 0.9, 0.8, 0.68)
+FITS = 2
+"""Least-squares fits, codes rounded anew after each, from every start."""
 LARGEST = 65504.0
 
 
@@ -89,15 +92,24 @@ def scales(
         return scale, offset
     best = torch.full_like(scale, torch.inf)
     found = scale, offset
-    for share in NARROWER if grid.bits < 8 else NARROWER[:1]:
-        tried = _from_range(low * share, high * share, grid)
-        for candidate in (tried, _refitted(cells, nearest(cells, *tried, grid), grid, importance)):
-            error = _error(cells, *candidate, grid, importance)
+    for down, up in _starts(grid):
+        tried = _from_range(low * down, high * up, grid)
+        for fits in range(FITS + 1):
+            if fits:
+                tried = _refitted(cells, nearest(cells, *tried, grid), grid, importance)
+            error = _error(cells, *tried, grid, importance)
             better = error < best
             best = torch.where(better, error, best)
-            found = (torch.where(better, candidate[0], found[0]),
-                     _where(better, candidate[1], found[1]))
+            found = torch.where(better, tried[0], found[0]), _where(better, tried[1], found[1])
     return found
+
+
+def _starts(grid: Grid) -> list[tuple[float, float]]:
+    """Shares of the lower and of the upper end to start from: both narrower, or one."""
+    if grid.bits >= 8:
+        return [(1.0, 1.0)]
+    both = [(share, share) for share in NARROWER]
+    return both if grid.symmetric else [*both, *((s, 1.0) for s in NARROWER[1:]), *((1.0, s) for s in NARROWER[1:])]
 
 
 def _from_range(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:

@@ -4,15 +4,19 @@
     key-value group g            the rows of k and v of head g, the rows of q and the columns of o of its query heads
 
 A group is removed exactly by a factor 0 on its channel h_c (on its heads' outputs a_g). So to first order its removal
-changes the loss by -sum_t h_c dL/dh_c: one number from activations and their gradients, no gradient of a weight.
+at one token changes a loss by -h_c dL/dh_c: one number from activations and their gradients, no gradient of a weight.
 
-    taylor       sum over windows of (sum_t h_c dL/dh_c)^2, L the log-loss of the text
+    taylor       mean over tokens of (h_c dL/dh_c)^2, L the log-loss of labels drawn from the model's own answers
     activation   mean over tokens of |h_c W_down[:, c]|^2, the square of what the group adds to the residual stream
 
+With drawn labels the mean square is the Fisher information of the factor: half of it is the KL the removal costs, to
+second order, were tokens independent. On SmolLM2-135M with a sixth of the channels removed it left a KL of 0.444; with
+the text's own labels 0.469, summed over a window before the square 0.537, summed over all text 0.824; activation 0.474.
 Taylor needs the activations of one window of all layers; activation one layer's. Tensors are cut one at a time as they
 are written.
 
-Sources: LLM-Pruner (Ma et al., arXiv 2305.11627) for the groups; Molchanov et al., arXiv 1906.10771, for the square.
+Sources: LLM-Pruner (Ma et al., arXiv 2305.11627) for the groups; Molchanov et al., arXiv 1906.10771, for the square;
+Kunstner et al., arXiv 1905.12558, for drawn labels.
 """
 
 from __future__ import annotations
@@ -170,8 +174,8 @@ def importances(
     hook = {"taylor": _taylor, "activation": _activation}[how]
     handles = [part.register_forward_pre_hook(hook(scores, i, what, part)) for i, what, part in scores.readers]
     try:
-        for row in tokens:
-            _differentiate(module, row) if how == "taylor" else _run(module, row)
+        for number, row in enumerate(tokens):
+            _differentiate(module, row, number) if how == "taylor" else _run(module, row)
     finally:
         for handle in handles:
             handle.remove()
@@ -184,7 +188,7 @@ def _taylor(scores: Scores, layer: int, what: str, part: Any) -> Callable[[Any, 
 
         def backward(gradient: torch.Tensor) -> None:
             product = scores.grouped(what, x.detach().float() * gradient.float())
-            scores.add((layer, what), product.sum((0, 2)).square())
+            scores.add((layer, what), product.sum(2).square().sum(0))
 
         x.register_hook(backward)
 
@@ -215,13 +219,14 @@ def _run(module: Any, row: Any) -> None:
     forward(module, row[None])
 
 
-def _differentiate(module: Any, row: Any) -> None:
-    """Gradients of the summed log-loss of one window with respect to activations; weights have none."""
+def _differentiate(module: Any, row: Any, seed: int) -> None:
+    """Gradients of the summed log-loss of drawn labels with respect to activations; weights have none."""
     import torch
 
     tokens = torch.as_tensor(row)[None]
     looked_up = module.get_input_embeddings()(tokens).detach().requires_grad_(True)
     fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fast):
-        logits = module(inputs_embeds=looked_up, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits[0, :-1].float(), tokens[0, 1:], reduction="sum").backward()
+        logp = module(inputs_embeds=looked_up, use_cache=False).logits[0].float().log_softmax(-1)
+        drawn = torch.multinomial(logp.detach().exp(), 1, generator=torch.Generator().manual_seed(seed))
+        (-logp.gather(1, drawn).sum()).backward()

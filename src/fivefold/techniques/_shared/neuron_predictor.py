@@ -1,14 +1,18 @@
 """A small predictor of the neurons that will matter to a token: scores = expand (reduce x) + offset.
 
-What is predicted is whether neuron i is among the `wanted` most important of its layer for this token, importance being
-the size of what it adds to the residual stream, |h_i| |down_i|. It starts from least squares: ridge regression of these
-labels (minus their means) on x, cut to `rank` where the predictions lose least. That is the eigenvectors of
-P^T P, with P the predictions,
+Neuron i matters by the size of what it adds to the residual stream, |h_i| |down_i|. What is predicted is the square
+root of that size: few neurons carry most of the squares, and the root keeps them from being all that the fit sees. The
+fit is ridge regression on x of the roots minus their means, cut to `rank` where the predictions lose least,
 
-    C = (X^T X + lambda I)^-1 X^T Y,   P = X C,   reduce = (C V)^T,   expand = V     (V: the first `rank` eigenvectors)
+    C = (X^T X + lambda I)^-1 X^T Y,     reduce = (C V)^T,     expand = V
 
-From there a few passes of Adam lower the logistic loss. The batches are drawn with a fixed seed: same tokens, same
-predictor.
+with V the first `rank` right singular vectors of L^T C, L L^T = X^T X + lambda I. No step is drawn at random: same
+tokens, same predictor.
+
+Deja Vu trains such a predictor on yes-or-no labels with the logistic loss. On three layers of SmolLM2-135M, 40 % of the
+neurons left out and other text than the predictor's, that gave 0.156 of the feed-forward's squared output as error
+where the roots give 0.101 (middle layer, rank 64, four passes of Adam), at about the same recall: labels do not tell
+a neuron that matters a little from one that matters much.
 
 Source: Liu et al., Deja Vu, arXiv 2310.17157, for the predictor; Izenman (1975) for reduced-rank regression.
 """
@@ -22,10 +26,6 @@ from torch import Tensor
 
 RIDGE = 1e-2
 """lambda as a share of the mean square of the inputs."""
-BATCH = 256
-RATE = 2e-3
-SLOPE = 4.0
-"""Logits per unit of a least-squares label: 0 to 1 becomes -2 to 2."""
 
 
 @dataclass(frozen=True)
@@ -45,50 +45,31 @@ class Predictor:
         return Predictor(self.reduce.bfloat16().float(), self.expand.bfloat16().float(), self.offset)
 
 
-def important(hidden: Tensor, down: Tensor, wanted: float) -> Tensor:
-    """Which neurons are among the `wanted` share of largest |h_i| |down_i|, per token: (tokens, neurons) of bool.
+def sizes(hidden: Tensor, down: Tensor) -> Tensor:
+    """|h_i| |down_i|, (tokens, neurons), for `down` of shape (width, neurons); mean 1."""
+    found = hidden.abs() * down.norm(dim=0)
+    return found / found.mean().clamp_min(1e-30)
 
-    `down` is (width, neurons).
-    """
-    size = hidden.abs() * down.norm(dim=0)
-    count = max(1, round(wanted * size.shape[1]))
+
+def largest(size: Tensor, share: float) -> Tensor:
+    """Which neurons are among that share of largest size, per token: (tokens, neurons) of bool."""
+    count = max(1, round(share * size.shape[1]))
     out = torch.zeros_like(size, dtype=torch.bool)
     return out.scatter_(1, size.topk(count, 1).indices, True)
 
 
-def least_squares(x: Tensor, labels: Tensor, rank: int) -> Predictor:
-    """Reduced-rank ridge regression of `labels` (tokens, neurons), 0 or 1, on `x` (tokens, width)."""
-    mean = labels.float().mean(0)
+def fit(x: Tensor, targets: Tensor, rank: int) -> Predictor:
+    """Reduced-rank ridge regression of `targets` (tokens, neurons) on `x` (tokens, width)."""
+    mean = targets.mean(0)
     square = (x.T @ x).double()
-    square += RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
-    cross = (x.T @ (labels.float() - mean)).double()
-    solved = torch.linalg.solve(square, cross)
-    spread = cross.T @ solved  # P^T P up to the ridge
-    vectors = torch.linalg.eigh(spread).eigenvectors[:, -rank:]
-    return Predictor((solved @ vectors).T.float().contiguous(), vectors.float().contiguous(), mean)
-
-
-def fit(x: Tensor, labels: Tensor, rank: int, passes: int) -> Predictor:
-    """`least_squares`, then `passes` over the tokens of Adam on the logistic loss."""
-    with torch.inference_mode(False), torch.enable_grad():
-        x, labels = x.clone(), labels.clone()
-        start = least_squares(x, labels, rank)
-        parts = [
-            (start.reduce * SLOPE**0.5).requires_grad_(), (start.expand * SLOPE**0.5).requires_grad_(),
-            torch.logit(start.offset.clamp(0.01, 0.99)).requires_grad_(),
-        ]
-        generator = torch.Generator().manual_seed(0)
-        steps = passes * -(-len(x) // BATCH)
-        adam = torch.optim.Adam(parts, lr=RATE)
-        decay = torch.optim.lr_scheduler.LinearLR(adam, 1.0, 0.05, max(1, steps))
-        for _ in range(passes):
-            for batch in torch.randperm(len(x), generator=generator).split(BATCH):
-                adam.zero_grad()
-                scores = Predictor(*parts).scores(x[batch])
-                torch.nn.functional.binary_cross_entropy_with_logits(scores, labels[batch].float()).backward()
-                adam.step()
-                decay.step()
-        return Predictor(*(part.detach() for part in parts))
+    square += RIDGE * square.diagonal().mean().clamp_min(1e-30) * torch.eye(len(square), dtype=torch.float64)
+    cross = (x.T @ targets - x.sum(0)[:, None] * mean).double()
+    root = torch.linalg.cholesky(square)
+    seen = torch.linalg.solve_triangular(root, cross, upper=False)  # L^T C
+    left = torch.linalg.eigh(seen @ seen.T).eigenvectors[:, -rank:]
+    expand = torch.linalg.qr(seen.T @ left).Q
+    reduce = torch.linalg.solve_triangular(root.T, seen @ expand, upper=True).T
+    return Predictor(reduce.float().contiguous(), expand.float().contiguous(), mean.float())
 
 
 def recall(chosen: Tensor, wanted: Tensor) -> float:

@@ -41,6 +41,12 @@ def treat_in_passing(module: Any, tokens: NDArray[np.int64], treat: Treat) -> di
     return reached
 
 
+def column_norms(inputs: torch.Tensor) -> torch.Tensor:
+    """Root mean square of each column of `inputs` (..., columns), float32."""
+    squares = inputs.detach().reshape(-1, inputs.shape[-1]).float().square()
+    return squares.mean(0, dtype=torch.float64).sqrt().float()
+
+
 class JointSquares:
     """Mean of x x^T over the tokens of a layer's inputs, kept for the layers after it that share them."""
 

@@ -11,6 +11,9 @@ the same for rows. A matrix is thus described by one (columns x columns) matrix 
 storage type follows without running the model again. A looked-up embedding has x = a unit vector: its damage is
 1/2 sum_v f_v sum_j G_j D_vj^2 with f the frequency of token v and G_j = E[b_j^2]; a tied embedding suffers both.
 
+Outputs are not weighed apart either: with B = E[|x|^2 b b^T] / tr H in the place of s, the KL is 1/2 tr(H D^T B D)
+(`outputs=True`), for matrices of at most COUPLED rows.
+
 H from few tokens is noisy, and whatever is fitted to it fits the noise: rounding with feedback (`feedback`) then gains
 much on the tokens it was fitted to and little on others. So H is drawn towards its diagonal (`shrunk`), the less the
 more tokens there are.
@@ -20,7 +23,7 @@ On SmolLM2-135M the prediction and the directly measured KL of single matrices c
 columns^2 per matrix. The sum over matrices assumes that damages add, which holds while each is small.
 
 Sources: Kronecker-factored curvature (Martens, Grosse, arXiv 1503.05671); the sampled-label Fisher (Kunstner et al.,
-arXiv 1905.12558).
+arXiv 1905.12558); both sides of it for rounding: YAQA (Tseng et al., arXiv 2505.22988).
 """
 
 from __future__ import annotations
@@ -47,24 +50,33 @@ Tokens = NDArray[np.int64]
 HEAD = "head"
 FILE = "curvatures.safetensors"
 JITTER = 1e-4
+COUPLED = 2048
+"""Most rows of a matrix whose B is kept."""
 UNCERTAIN = 4096
 """Tokens at which an element of H off the diagonal is worth half."""
 
 
 @dataclass(kw_only=True)
 class Curvature:
-    """`inputs` is H (columns, columns); `rows` is s, summing to 1. The lookup part is None but for embeddings."""
+    """`inputs` is H (columns, columns); `rows` is s, summing to 1; `outputs` is B (rows, rows) of trace 1, where kept.
+
+    The lookup part is None but for embeddings.
+    """
 
     inputs: torch.Tensor
     rows: torch.Tensor
     lookup_columns: torch.Tensor | None = None
     lookup_rows: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
 
     def damage(self, error: torch.Tensor) -> float:
         """Predicted KL, nats per token, of adding `error` (rows, columns) to the matrix."""
         import torch
 
-        return float(self.row_damage(error, torch.arange(len(error))).sum())
+        if self.outputs is None:
+            return float(self.row_damage(error, torch.arange(len(error))).sum())
+        seen = error @ self.root
+        return float((seen * (self.outputs @ seen)).sum()) / 2
 
     def row_damage(self, error: torch.Tensor, rows: Any) -> torch.Tensor:
         """The part of each row (n,) in the damage, for errors (n, columns) of the rows numbered `rows`."""
@@ -89,8 +101,12 @@ class Curvature:
         import torch
 
         share = UNCERTAIN / (UNCERTAIN + tokens)
-        inputs = (1 - share) * self.inputs + share * torch.diag(self.inputs.diagonal())
-        return replace(self, inputs=inputs)
+
+        def drawn(whole: torch.Tensor) -> torch.Tensor:
+            return (1 - share) * whole + share * torch.diag(whole.diagonal())
+
+        outputs = None if self.outputs is None else drawn(self.outputs)
+        return replace(self, inputs=drawn(self.inputs), outputs=outputs)
 
     @functools.cached_property
     def upper(self) -> torch.Tensor:
@@ -119,7 +135,7 @@ class Curvature:
         return self.inputs * self.rows.sum() + torch.diag(self.lookup_columns * self.lookup_rows.sum())
 
 
-PARTS = ("inputs", "rows", "lookup_columns", "lookup_rows")
+PARTS = ("inputs", "rows", "lookup_columns", "lookup_rows", "outputs")
 
 
 def save_curvatures(folder: Path, found: Mapping[str, Curvature]) -> None:
@@ -139,21 +155,30 @@ def _stored(file: Path) -> dict[str, StoredTensor]:
     return check_safetensors(file)
 
 
-def curvatures(model: Model, module: Any, tokens: Tokens, seed: int = 0) -> dict[str, Curvature]:
+def curvatures(
+    model: Model, module: Any, tokens: Tokens, seed: int = 0, *, outputs: bool = False
+) -> dict[str, Curvature]:
     """Exported tensor name -> Curvature for every linear layer, the head and the embedding.
 
-    `tokens` is (windows, length). One forward and backward pass each.
+    `tokens` is (windows, length). One forward and backward pass each. `outputs` also asks for B.
     """
     import torch
 
-    sums, gradient = _collect(module, tokens, seed)
+    sums, gradient = _collect(module, tokens, seed, outputs)
     names = exported_names(model)
     head = EMBEDDING if model.blueprint.tied else "output.weight"
     found = {}
     for name, (inputs, rows) in sums.items():
         exported = head if name == HEAD else names[stored_name(module, names, f"{name}.weight")]
+        order = row_order(model, exported, len(rows))
+        coupled = None
+        if rows.ndim == 2:
+            coupled = (rows / rows.trace().clamp_min(1e-30))[order][:, order]
         shares = rows / rows.sum().clamp_min(1e-30)
-        found[exported] = Curvature(inputs=inputs / tokens.size, rows=shares[row_order(model, exported, len(rows))])
+        found[exported] = Curvature(
+            inputs=inputs / tokens.size, rows=shares[order] if coupled is None else coupled.diagonal().clone(),
+            outputs=coupled,
+        )
     vocab, width = module.get_input_embeddings().weight.shape
     if EMBEDDING not in found:
         found[EMBEDDING] = Curvature(inputs=torch.zeros(width, width), rows=torch.zeros(vocab))
@@ -162,18 +187,28 @@ def curvatures(model: Model, module: Any, tokens: Tokens, seed: int = 0) -> dict
     return found
 
 
-def _collect(module: Any, tokens: Tokens, seed: int) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor]:
-    """Module name -> [sum of |b|^2 x x^T, sum of b^2], the head under HEAD; and the embedding's sum of b^2."""
+def _collect(
+    module: Any, tokens: Tokens, seed: int, outputs: bool
+) -> tuple[dict[str, list[torch.Tensor]], torch.Tensor]:
+    """Module name -> [sum of |b|^2 x x^T, sum of b^2 or, with `outputs`, of |x|^2 b b^T], the head under HEAD; and the
+    embedding's sum of b^2."""
     import torch
 
     sums: dict[str, list[torch.Tensor]] = {}
     draw = torch.Generator().manual_seed(seed)
 
     def add(name: str, x: torch.Tensor, b: torch.Tensor) -> None:
-        x, squares = x.reshape(-1, x.shape[-1]).float(), b.reshape(-1, b.shape[-1]).float().square()
-        kept = sums.setdefault(name, [torch.zeros(x.shape[1], x.shape[1]), torch.zeros(squares.shape[1])])
+        x, b = x.reshape(-1, x.shape[-1]).float(), b.reshape(-1, b.shape[-1]).float()
+        squares, rows = b.square(), b.shape[1]
+        coupled = outputs and rows <= COUPLED
+        if name not in sums:
+            sums[name] = [torch.zeros(x.shape[1], x.shape[1]), torch.zeros((rows, rows) if coupled else (rows,))]
+        kept = sums[name]
         kept[0].addmm_(x.T * squares.sum(1), x)
-        kept[1] += squares.sum(0)
+        if coupled:
+            kept[1].addmm_(b.T * x.square().sum(1), b)
+        else:
+            kept[1] += squares.sum(0)
 
     def hook(name: str) -> Any:
         def forward(_: Any, args: Any, out: torch.Tensor) -> None:

@@ -41,7 +41,7 @@ class Fold:
     spread: Tensor | None = None
 
     def matrices(self) -> list[Tensor]:
-        return [part.weight.data for part in self.readers.values()]  # type: ignore[misc]
+        return [part.weight.data for part in self.readers.values()]
 
     def scale(self, alpha: float) -> Tensor:
         """max|X|^alpha / max|W|^(1 - alpha) for every column; columns of one entry take the larger."""

@@ -8,10 +8,11 @@ from fivefold.model import Blueprint
 HALF = 0.5
 
 
-def check_share(owner: str, sparsity: float, pattern: str, free: str) -> None:
+def check_share(owner: str, sparsity: float, pattern: str, free: str, allocation: str = "uniform") -> None:
     """RecipeError when an n:m pattern is given another share than its own; `free` is the pattern without groups."""
-    if pattern != free and sparsity != HALF:
-        raise RecipeError(f'{owner}: {pattern} zeroes exactly half; leave sparsity out or use pattern="{free}"')
+    for name, wrong in (("sparsity", sparsity != HALF), ("allocation", allocation != "uniform")):
+        if pattern != free and wrong:
+            raise RecipeError(f'{owner}: {pattern} zeroes exactly half; leave {name} out or use pattern="{free}"')
 
 
 def check_widths(owner: object, blueprint: Blueprint, pattern: str, free: str) -> None:

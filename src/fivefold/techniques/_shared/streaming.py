@@ -113,7 +113,7 @@ def stages(module: Any, tokens: Any) -> Iterator[Stage]:
 
 def _calls(module: Any, parts: list[Any], tokens: Any) -> list[tuple[tuple[Any, ...], Mapping[str, Any]]]:
     """What every layer is called with besides the hidden states: masks and positions, equal for all windows."""
-    found = []
+    found: list[tuple[tuple[Any, ...], Mapping[str, Any]]] = []
     handles = [
         part.register_forward_pre_hook(
             lambda _, args, kwargs: found.append((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})),

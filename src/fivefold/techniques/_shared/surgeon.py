@@ -1,10 +1,10 @@
 """Removing weights of a matrix and letting the others make up for it: the layer's least squares under a mask.
 
 A row w of a linear layer costs (w - w0) H (w - w0)^T with H the mean of x x^T. Taking out weight j alone costs
-w_j^2 / [H^-1]_jj, and the best change of the others is -w_j [H^-1]_j: / [H^-1]_jj (Optimal Brain Surgeon). Done exactly,
-every row would need an inverse of its own after every weight. Going through the columns in one fixed order, with
-H^-1 = U^T U (U upper triangular) one factor serves all rows, because the rows of U are what the inverse is reduced to
-(SparseGPT):
+w_j^2 / [H^-1]_jj, and the best change of the others is -w_j [H^-1]_j: / [H^-1]_jj (Optimal Brain Surgeon). Done
+exactly, every row would need an inverse of its own after every weight. Going through the columns in one fixed order,
+with H^-1 = U^T U (U upper triangular) one factor serves all rows, because the rows of U are what the inverse is reduced
+to (SparseGPT):
 
     error_j = w_j / U_jj,    w_k -= error_j U_jk   for k > j,    lost: error_j^2 = w_j^2 / U_jj^2
 

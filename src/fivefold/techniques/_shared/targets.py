@@ -35,11 +35,20 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 class Wish(Protocol):
     """What the techniques that round to groups have in common; `str` spells the technique."""
 
-    bits: Any
-    group: Any
-    symmetric: bool
-    into: Any
-    head: Any
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group(self) -> int: ...
+
+    @property
+    def symmetric(self) -> bool: ...
+
+    @property
+    def into(self) -> Literal["torch", "gguf"]: ...
+
+    @property
+    def head(self) -> Literal["keep", "int8"]: ...
 
 
 class Breaks:

@@ -1,6 +1,9 @@
 """Ternary weights that can be trained: latent floats that pass through rounding to -1, 0 and 1 at every step.
 
-    W = s t,   t = clip(round(u), -1, 1)         u begins at w / s, s at the mean of |w| over its row or group (absmean)
+    W = s t,   t = clip(round(u), -1, 1)         u begins at w / s
+
+s begins at the mean of |w| over its row or group (`absmean`), or where it is nearest to w (`least_squares`): s is then
+the mean of those |w| that t keeps, |w| > s / 2, and is found by repeating that.
 
 Rounding has no slope, so the gradient of u passes it as if it were not there (straight-through): dL/du = s dL/dW. In
 units of s one learning rate means the same in every matrix. s is s0 exp(d) and d is trained too, with its exact
@@ -8,7 +11,8 @@ gradient, dL/ds = sum over the group of t dL/dW; norm gains and biases are train
 
 Activations in 8 bits are rounded in training as the engine rounds them, again with the gradient passed through.
 
-Sources: Ma et al., BitNet b1.58, arXiv 2402.17764; Bengio et al., straight-through, arXiv 1308.3432.
+Sources: Ma et al., BitNet b1.58, arXiv 2402.17764; Li et al., Ternary Weight Networks, arXiv 1605.04711, for the
+nearest scale; Bengio et al., straight-through, arXiv 1308.3432.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from fivefold.engines._layers.ternary import groups_of, rounded
 from fivefold.techniques._shared.students import Student
 from fivefold.training.loop import Group
 
-CODE_RATE = 20.0
+CODE_RATE = 4.0
 """Latent weights move in units of a code, scales and gains in units of themselves."""
+ROUNDS = 12
 TINY = 1e-7
 
 
@@ -55,22 +60,37 @@ def absmean(weight: torch.Tensor, group: int) -> torch.Tensor:
     return mean.clamp_min(TINY).half().float()
 
 
+def least_squares(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """The scales (rows, groups) for which s t is nearest to the weights, from absmean on, as float16 can say them."""
+    scale = absmean(weight, group)
+    size = weight.abs().view(*scale.shape, -1)
+    for _ in range(ROUNDS):
+        kept = size > scale[:, :, None] / 2
+        scale = ((size * kept).sum(-1) / kept.sum(-1).clamp_min(1)).clamp_min(TINY)
+    return scale.half().float()
+
+
+START = {"absmean": absmean, "least_squares": least_squares}
+
+
 class TernaryStudent(Student):
     """`names` are the linear layers to make ternary; all other matrices stay as they are."""
 
-    def __init__(self, model: Any, module: nn.Module, names: Iterable[str], *, group: int, activations: int) -> None:
+    def __init__(
+        self, model: Any, module: nn.Module, names: Iterable[str], *, group: int = 0, activations: int = 0,
+        scale: str = "least_squares",
+    ) -> None:
         super().__init__(model, module)
         self.group, self.learning = group, False
         self.start: dict[str, torch.Tensor] = {}
         self.u, self.gain = nn.ParameterDict(), nn.ParameterDict()
         for name in names:
             layer = module.get_submodule(name)
-            weight = layer.weight.detach().float()  # type: ignore[union-attr,operator]
-            scale = absmean(weight, group)
-            self.start[name] = scale
-            columns = weight.shape[1] // scale.shape[1]
-            self.u[_key(name)] = nn.Parameter(weight / scale.repeat_interleave(columns, 1))
-            self.gain[_key(name)] = nn.Parameter(torch.zeros_like(scale))
+            weight = layer.weight.detach().float()
+            start = self.start[name] = START[scale](weight, group)
+            columns = weight.shape[1] // start.shape[1]
+            self.u[_key(name)] = nn.Parameter(weight / start.repeat_interleave(columns, 1))
+            self.gain[_key(name)] = nn.Parameter(torch.zeros_like(start))
             if activations:
                 layer.register_forward_pre_hook(self._round)
 

@@ -8,7 +8,8 @@ with x the inputs and b the gradients at the outputs (`sensitivity`). Where B is
 can be cancelled by others just as in columns. In order of rows and columns, with inverse(A) = U^T U and inverse(B) =
 V^T V, the target of an element is moved by what the rows before lost (V), then by what the columns before lost (U): the
 factor of a Kronecker product is the product of the factors. Then scales and codes are fitted again in turn, as in
-`feedback`, each row against a target shifted by the errors of all others: sum_k B_rk D_k / B_rr.
+`feedback`, each row against a target shifted by the errors of all others: sum_k B_rk D_k / B_rr. Where several rows
+move at once, they go only as far as the whole falls.
 
 Types, scales and minima are ggml's own. The inner loops are ours, in C++ (`engines/native/two_sided.cpp`).
 
@@ -88,17 +89,33 @@ class _Work:
         return put_together(parts)
 
     def _scales(self, packed: Packed) -> Packed:
+        """Scales and minima of all rows fitted again, codes fixed; with B a few rows at a time, as far as it helps."""
         matrix, out = torch.from_numpy(self.matrix), packed.copy()
         if self.coupling is None:
             return feedback._fit_scales(matrix, out, self.type, self.metric)
         error = torch.from_numpy(take_apart(out, self.type).matrix()) - matrix
+        own = self.coupling.diagonal()[:, None]
         for start in range(0, len(matrix), ROWS):
             here = slice(start, min(start + ROWS, len(matrix)))
-            error[here] = 0
-            wanted = matrix[here] - (self.coupling[here] @ error) / self.coupling.diagonal()[here, None]
-            out[here] = feedback._fit_scales(wanted, out[here], self.type, self.metric)
+            pull = self.coupling[here] @ error
+            wanted = matrix[here] + error[here] - pull / own[here]
+            old = take_apart(out[here], self.type)
+            new = take_apart(feedback._fit_scales(wanted, out[here], self.type, self.metric), self.type)
+            before = torch.from_numpy(old.matrix())
+            change = torch.from_numpy(new.matrix()) - before
+            ahead = change @ self.metric
+            slope, bend = (pull * ahead).sum(), ((self.coupling[here, here] @ change) * ahead).sum()
+            out[here] = put_together(_between(old, new, float((-slope / bend.clamp_min(1e-30)).clamp(0, 1))))
             error[here] = torch.from_numpy(take_apart(out[here], self.type).matrix()) - matrix[here]
         return out
+
+
+def _between(old: Parts, new: Parts, share: float) -> Parts:
+    """The weights are linear in scales and minima, so this is `share` of the way."""
+    new.scale = old.scale + share * (new.scale - old.scale)
+    if new.minimum is not None and old.minimum is not None:
+        new.minimum = old.minimum + share * (new.minimum - old.minimum)
+    return new
 
 
 def _damped(metric: torch.Tensor) -> torch.Tensor:

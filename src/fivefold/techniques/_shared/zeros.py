@@ -1,7 +1,7 @@
 """Choosing which weights become zero, and writing what is left.
 
-Where the zeros may lie is a *pattern*: anywhere in what is compared (a matrix, a row, a block of columns), or n of every
-m neighbours in a row ("2:4", "4:8"), which hardware and formats can index with fewer bits. The share is exact: of N
+Where the zeros may lie is a *pattern*: anywhere in what is compared (a matrix, a row, a block of columns), or n of
+every m neighbours in a row ("2:4", "4:8"), which sparse tensor cores compute with. The share is exact: of N
 compared weights floor(sparsity N) go, ties in the order of their places.
 """
 
@@ -17,9 +17,13 @@ from fivefold.model import Model
 
 def smallest(scores: torch.Tensor, count: int) -> torch.Tensor:
     """True at the `count` smallest of all `scores`."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[scores.reshape(-1).argsort(stable=True)[:count]] = True
-    return mask.view(scores.shape)
+    if count == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    limit = scores.reshape(-1).kthvalue(count).values
+    mask = scores < limit
+    ties = (scores == limit).nonzero()[: count - int(mask.sum())]
+    mask[ties.unbind(1)] = True
+    return mask
 
 
 def smallest_in_rows(scores: torch.Tensor, count: int) -> torch.Tensor:

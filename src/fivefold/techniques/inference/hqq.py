@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from fivefold.model import Model, Trait
 from fivefold.recipe import Technique
-from fivefold.space import Fixed, Range
+from fivefold.space import Fixed, Range, Search
 from fivefold.techniques._shared.targets import Breaks, Target
 
 if TYPE_CHECKING:
@@ -36,14 +36,14 @@ BETA, GROWTH = 10.0, 1.01
 @dataclass(frozen=True, kw_only=True)
 class Hqq(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
-    breaks = Breaks()  # type: ignore[assignment]
+    breaks = Breaks()
     lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
     may_raise = ("compute",)
     perturbation = 5.0
 
     bits: Literal[2, 3, 4, 8] = 4
     """Bits per code."""
-    group: Literal[32, 64, 128, 0] = 32
+    group: Annotated[Literal[32, 64, 128, 0], Search(32, 64)] = 32
     """Neighbouring weights that share a scale and an offset; 0 is the whole row."""
     into: Literal["torch", "gguf"] = "torch"
     """The engine that will run the codes: torch with a kernel of its own, or llama.cpp (4 bits, groups of 32)."""

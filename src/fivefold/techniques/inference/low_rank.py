@@ -135,8 +135,8 @@ class LowRank(Technique):
         from fivefold.techniques._shared.modules import matrix
 
         weight = matrix(part)
-        rank = rank_of(*weight.shape, self.ratio)
-        down, up, _ = factor(weight, moment if self.weigh == "inputs" else None, rank)
+        rows, columns = weight.shape
+        down, up, _ = factor(weight, moment if self.weigh == "inputs" else None, rank_of(rows, columns, self.ratio))
         error = weight.double() - up @ down
         whole = float(((weight.double() @ moment) * weight).sum())
         share = float(((error @ moment) * error).sum()) / whole if whole else 0.0

@@ -1,8 +1,8 @@
 """Pruning by magnitude: zero the smallest weights of every matrix.
 
-The plainest rule: of the weights of a linear layer the fraction `sparsity` with the smallest |W_ij| become zero, compared
-over the whole matrix (or two of every four neighbours, 2:4). No calibration text, no update of the weights that stay;
-it takes seconds and the memory of one matrix.
+The plainest rule: of the weights of a linear layer the fraction `sparsity` with the smallest |W_ij| become zero,
+compared over the whole matrix (or two of every four neighbours, 2:4). No calibration text, no update of the weights
+that stay; it takes seconds and no more memory than the model.
 
 It takes a small weight for an unimportant one. In language models a few input columns carry values many times larger
 than the rest, and small weights on them matter more than large ones elsewhere: at half the weights `wanda`, which

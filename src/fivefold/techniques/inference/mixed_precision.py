@@ -41,7 +41,7 @@ NARROW = ("iq4_nl", "q5_0", "q5_1", "q8_0")
 WINDOW = 256
 JUDGING = 28_000.0
 """Operations per weight to predict the damage of all candidate types, as a share of the arithmetic rate."""
-ROUNDING = {"nearest": 8_000.0, "feedback": 35_000.0}
+ROUNDING = {"nearest": 8_000.0, "feedback": 35_000.0, "both": 60_000.0}
 """The same to round what is chosen; much of it was rounded for another budget already."""
 
 
@@ -55,8 +55,8 @@ class MixedPrecision(Technique):
 
     bits: Annotated[float, Range(3.4, 8.5), Search(4.5, 4.75, 5.0, 5.5, 6.0, 6.6, 7.2)] = 5.0
     """Average bits per weight over all matrices, the embedding included."""
-    rounding: Annotated[Literal["feedback", "nearest"], Fixed()] = "feedback"
-    """Whether later columns make up for the error of earlier ones."""
+    rounding: Annotated[Literal["both", "feedback", "nearest"], Fixed()] = "feedback"
+    """Whether later columns make up for the error of earlier ones ("feedback"), and later rows too ("both")."""
     windows: Annotated[int, Range(1, 4096), Fixed()] = 32
     """Calibration windows of 256 tokens."""
     time: Annotated[float, Range(0.0, 8.0), Search(0.0, 0.85)] = 0.0
@@ -115,8 +115,7 @@ class MixedPrecision(Technique):
 
         shapes = matrices(model)
         types = {name: candidates(columns) for name, (_, columns) in shapes.items()}
-        feedback = self.rounding == "feedback"
-        found = prepare(model, types, windows=self.windows, length=WINDOW, feedback=feedback)
+        found = prepare(model, types, windows=self.windows, length=WINDOW, rounding=self.rounding)
         cost = {name: {kind: type_bits(kind) * shapes[name][0] * shapes[name][1] for kind in kinds}
                 for name, kinds in types.items()}
         weights = sum(rows * columns for rows, columns in shapes.values())

@@ -7,8 +7,8 @@ arithmetic and (for groups) the key-value cache fall in every engine, in proport
     parameters removed = layers x width x (3 x channels removed + (2 + 2 x queries per group) x head_dim x groups)
 
 Every layer loses the same number, so the config stays plain. Which go is decided per layer on calibration text: by the
-first-order change of the loss, (sum_t h dL/dh)^2 per window ("taylor"), or by the mean square of what the group adds to
-the residual stream ("activation"). The kept channels are rounded to a multiple of 32, the block of GGUF rows.
+mean square of the first-order change of the loss, h dL/dh ("taylor"), or of what the group adds to the residual stream
+("activation"). The kept channels are rounded to a multiple of 32, the block of GGUF rows.
 
 The embedding, the head and the residual width stay: a small model with a large vocabulary shrinks less than its layers.
 Nothing makes up for the loss here; `repair` after it does. Removing key-value groups of a model that has only a few of
@@ -22,12 +22,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from fivefold.errors import Misfit, RecipeError
+from fivefold.errors import Misfit
 from fivefold.model import Blueprint, Model, Trait, read_config
 from fivefold.recipe import Technique
 from fivefold.space import Fixed, Range, Search
 from fivefold.techniques._shared.groups import WINDOW, Kept, check_groups, cut, importances, keep
-from fivefold.techniques._shared.resized import BLOCK, check_readable, least, readable, resized, rounded, said
+from fivefold.techniques._shared.resized import (
+    BLOCK,
+    check_readable,
+    completed,
+    least,
+    readable,
+    resized,
+    rounded,
+    said,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +51,13 @@ class PruneWidth(Technique):
     groups: Annotated[int, Range(0, 1024), Search(0, 1)] = 0
     """Key-value heads removed from each layer, with their query heads."""
     importance: Literal["taylor", "activation"] = "taylor"
-    """What decides which go: the loss's first-order change, or the size of what they add."""
+    """What decides which go: how much the loss changes to first order, or the size of what they add."""
     windows: Annotated[int, Range(1, 4096), Fixed()] = 16
     """Calibration windows of 256 tokens."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.channels and not self.groups:
-            raise RecipeError("prune_width removes nothing; set channels above 0 or groups to 1 or more")
-
     def check(self, model: Model) -> None:
+        if not self.channels and not self.groups:
+            raise Misfit("prune_width removes nothing; set channels above 0 or groups to 1 or more")
         blueprint, planned = model.blueprint, self._planned(model.blueprint)
         if self.channels:
             check_groups(model, str(self), "channels")
@@ -101,8 +107,9 @@ class PruneWidth(Technique):
             for channels, groups in importances(module, tokens, self.importance, before.kv_heads)
         ]
         del module
-        tensors = cut(stored_tensors(model), kept, before)
-        done = rewritten(model, "prune_width", tensors, resized(read_config(model.path), after))
+        config = read_config(model.path)
+        tensors = completed(cut(stored_tensors(model), kept, before), config, after)
+        done = rewritten(model, "prune_width", tensors, resized(config, after))
         gone = 1 - after.parameters / before.parameters
         return done.covered(
             f"prune_width: {before.layers} layers, feed-forward channels {said(before.ffn, self.channels, after.ffn)},"

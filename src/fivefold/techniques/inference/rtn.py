@@ -18,24 +18,25 @@ Source: the baseline of GPTQ (Frantar et al., arXiv 2210.17323).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from fivefold.model import Model, Trait
 from fivefold.recipe import Technique
+from fivefold.space import Search
 from fivefold.techniques._shared.targets import Breaks, Target
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rtn(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
-    breaks = Breaks()  # type: ignore[assignment]
+    breaks = Breaks()
     lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
     may_raise = ("compute",)
     perturbation = 5.0
 
     bits: Literal[2, 3, 4, 8] = 4
     """Bits per code."""
-    group: Literal[32, 64, 128, 0] = 32
+    group: Annotated[Literal[32, 64, 128, 0], Search(32, 64)] = 32
     """Neighbouring weights that share a scale; 0 is the whole row."""
     symmetric: bool = False
     """No offset: zero is a value of the grid, and a group costs 16 bits less."""

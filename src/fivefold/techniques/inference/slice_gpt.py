@@ -25,7 +25,16 @@ from fivefold.errors import Misfit
 from fivefold.model import Blueprint, Model, Trait, read_config
 from fivefold.recipe import Technique
 from fivefold.space import Fixed, Range, Search
-from fivefold.techniques._shared.resized import BLOCK, check_readable, least, readable, resized, rounded, said
+from fivefold.techniques._shared.resized import (
+    check_readable,
+    completed,
+    least,
+    readable,
+    resized,
+    rounded,
+    said,
+    step_of,
+)
 
 WINDOW = 512
 
@@ -47,16 +56,17 @@ class SliceGpt(Technique):
         from fivefold.techniques._shared.residual import check_residual
 
         check_residual(model, str(self))
-        planned = self._planned(model.blueprint)
+        planned, step = self._planned(model), step_of(model)
         if self.slice and planned.width >= model.blueprint.width:
             raise Misfit(
                 f"{self} removes nothing: a width of {model.blueprint.width} less {self.slice:.0%} is {planned.width}"
-                f" in multiples of {BLOCK}; set slice to {least(model.blueprint.width):.2f} or more"
+                f" in multiples of {step}; set slice to {least(model.blueprint.width, step):.2f} or more"
             )
         check_readable(model, planned, str(self))
 
-    def _planned(self, blueprint: Blueprint) -> Blueprint:
-        return readable(replace(blueprint, width=rounded(blueprint.width, self.slice), tied=False))
+    def _planned(self, model: Model) -> Blueprint:
+        width = rounded(model.blueprint.width, self.slice, step_of(model))
+        return readable(replace(model.blueprint, width=width, tied=False))
 
     def effort_once(self, model: Model) -> float:
         return 2.0 * self.windows * WINDOW * model.blueprint.parameters
@@ -65,7 +75,7 @@ class SliceGpt(Technique):
         return 2.0 * model.blueprint.width * model.blueprint.parameters
 
     def plan(self, model: Model) -> Model:
-        return model.but(blueprint=self._planned(model.blueprint))
+        return model.but(blueprint=self._planned(model))
 
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.calibration import windows
@@ -74,16 +84,16 @@ class SliceGpt(Technique):
         from fivefold.training.module import load_module
 
         self.check(model)
-        before, after = model.blueprint, self._planned(model.blueprint)
+        before, after = model.blueprint, self._planned(model)
         tokens = windows(model, self.windows, WINDOW)
         basis, shares = axes(load_module(model), tokens)
-        tensors = turned(stored_tensors(model), basis[:, : after.width])
         config = read_config(model.path)
+        tensors = completed(turned(stored_tensors(model), basis[:, : after.width]), config, after)
         eps = config.get("rms_norm_eps", 1e-6) * before.width / after.width
         done = rewritten(model, "slice_gpt", tensors, {**resized(config, after), "rms_norm_eps": eps})
+        width = said(before.width, self.slice, after.width, step_of(model))
         own = ", the head a matrix of its own" if before.tied else ""
         return done.covered(
-            f"slice_gpt: width {said(before.width, self.slice, after.width)}, {shares[: after.width].sum():.1%} of the"
-            f" signal kept on {tokens.size} tokens; {1 - after.parameters / before.parameters:.1%} of all parameters"
-            f" removed{own}"
+            f"slice_gpt: width {width}, {shares[: after.width].sum():.1%} of the signal kept on {tokens.size} tokens;"
+            f" {1 - after.parameters / before.parameters:.1%} of all parameters removed{own}"
         )

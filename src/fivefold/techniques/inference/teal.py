@@ -11,9 +11,9 @@ values; attention output; gate and up; down) where it changes the layer's output
 layer's average over its weights is reached. "uniform" gives every site the same.
 
 It pays when one token at a time is decoded and reading weights is the time. A batch has few zeros in common, and a
-prompt reads all weights: prompts and scored texts are computed by the same function with the zeros put in (the paper
-leaves the beginning of a prompt dense), so the measured quality is that of decoding, and they gain nothing. The
-embedding and the head are dense. Weights become bfloat16.
+prompt reads all weights: prompts and scored texts are computed by the same function with the zeros put in, so the
+measured quality is that of decoding, and they gain nothing. Only the first token of a prompt is dense, to which nearly
+all others attend (the paper leaves more of the beginning dense). Embedding and head are dense. Weights become bfloat16.
 
 Source: Liu et al., Training-Free Activation Sparsity in Large Language Models (TEAL), arXiv 2408.14690.
 """

@@ -1,6 +1,6 @@
 """Weights of -1, 0 and 1 times a scale, found by training through the rounding with the parent as the teacher.
 
-    W = s t,   t = clip(round(w / s), -1, 1),   s = mean |w| over a row or group (absmean) to begin with
+    W = s t,   t = clip(round(w / s), -1, 1),   one s per row or group of a row
 
 Rounding a trained model to three values destroys it, so this is a way of training: the forward pass uses W, the
 gradient passes the rounding as if it were not there (straight-through), and the loss is KL(parent || student) on
@@ -15,7 +15,7 @@ coverage line says how far. `steps=0` is the rounding alone.
 
 For llama.cpp (`store="tq2_0"` or "tq1_0") rows must be a multiple of 256; `rest` names the type of those that are not.
 
-Source: Ma et al., BitNet b1.58, arXiv 2402.17764.
+Sources: Ma et al., BitNet b1.58, arXiv 2402.17764; the nearest scale: Li et al., arXiv 1605.04711.
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ class Ternary(Technique):
     may_raise = ("quality",)
     perturbation = 7.0
 
-    steps: Annotated[int, Range(0, 1_000_000), Search(100)] = 100
+    steps: Annotated[int, Range(0, 1_000_000), Search(40)] = 40
     """Training steps; 0 rounds without training."""
     group: Annotated[Literal[0, 64, 128, 256], Fixed()] = 0
     """Neighbouring weights of a row that share a scale; 0 is the whole row."""
+    scale: Annotated[Literal["least_squares", "absmean"], Fixed()] = "least_squares"
+    """Where a scale begins: nearest to the weights, or at their mean magnitude as in BitNet."""
     store: Annotated[Literal["packed", "tq2_0", "tq1_0"], Fixed()] = "packed"
     """How they are stored: for the torch engine, or as a type of llama.cpp."""
     rest: Annotated[Literal["refuse", "f16", "q8_0"], Fixed()] = "refuse"
@@ -58,7 +60,7 @@ class Ternary(Technique):
     tokens: Annotated[int, Range(64, 65_536, log=True), Fixed()] = 1024
     """Tokens per step, in sequences of 256."""
     rate: Annotated[float, Range(1e-6, 1e-1, log=True), Fixed()] = 1e-3
-    """Peak learning rate of scales and gains, relative; the weights move 20 times as fast, in units of s."""
+    """Peak learning rate of scales and gains, relative; the weights move 4 times as fast, in units of s."""
 
     def check(self, model: Model) -> None:
         self._chosen(model)
@@ -78,7 +80,7 @@ class Ternary(Technique):
         planned = model.but(train=self._train(model))
         if self.store == "packed":
             return planned
-        types = dict.fromkeys(self._chosen(model), self.store)
+        types: dict[str, str] = dict.fromkeys(self._chosen(model), self.store)
         outside = "q8_0" if self.head == "int8" else "f16"
         if HEAD in matrices(model):
             types[HEAD] = outside
@@ -111,7 +113,7 @@ class Ternary(Technique):
 
         module = load_module(model, torch.float32)
         names = self._chosen(model).values()
-        return TernaryStudent(model, module, names, group=self.group, activations=self._bits)
+        return TernaryStudent(model, module, names, group=self.group, activations=self._bits, scale=self.scale)
 
     @property
     def _bits(self) -> int:

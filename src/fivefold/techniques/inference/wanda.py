@@ -40,6 +40,8 @@ class Wanda(Technique):
     """Fraction of every row that becomes zero."""
     pattern: Literal["row", "2:4", "4:8"] = "row"
     """Where the zeros lie: anywhere in the row, or n of every m neighbours (then sparsity is 0.5)."""
+    allocation: Literal["uniform", "owl"] = "uniform"
+    """The same share in every layer, or less where more weights stand out (OWL; not for n of m)."""
     windows: Annotated[int, Range(1, 4096), Fixed()] = 8
     """Calibration windows of 512 tokens."""
 
@@ -47,7 +49,7 @@ class Wanda(Technique):
         from fivefold.techniques._shared.sparsity import check_share
 
         super().__post_init__()
-        check_share("wanda", self.sparsity, self.pattern, "row")
+        check_share("wanda", self.sparsity, self.pattern, "row", self.allocation)
 
     def check(self, model: Model) -> None:
         from fivefold.techniques._shared.sparsity import check_widths
@@ -64,17 +66,19 @@ class Wanda(Technique):
         return pruned_model(model, "wanda", module, parts)
 
     def prune(self, module: Any, tokens: NDArray[np.int64]) -> dict[str, Any]:
-        """Zero weights of `module` in place, in one pass over `tokens` (rows, length); name -> pruned linear layer."""
+        """Zero weights of `module` in place, in passing over `tokens` (rows, length); name -> pruned linear layer."""
         from fivefold.techniques._shared.modules import matrix
-        from fivefold.techniques._shared.passing import treat_in_passing
+        from fivefold.techniques._shared.outliers import outlier_weighed
+        from fivefold.techniques._shared.passing import column_norms, treat_in_passing
         from fivefold.techniques._shared.zeros import smallest_in_rows, smallest_of_groups
 
-        def treat(_: str, part: Any, inputs: torch.Tensor) -> None:
+        shares = outlier_weighed(module, tokens, self.sparsity) if self.allocation == "owl" else {}
+
+        def treat(name: str, part: Any, inputs: torch.Tensor) -> None:
             weight = matrix(part)
-            norms = inputs.detach().reshape(-1, inputs.shape[-1]).float().square().double().mean(0).sqrt().float()
-            scores = weight.abs().float() * norms
+            scores = weight.abs().float() * column_norms(inputs)
             if self.pattern == "row":
-                gone = smallest_in_rows(scores, int(weight.shape[1] * self.sparsity))
+                gone = smallest_in_rows(scores, int(weight.shape[1] * shares.get(name, self.sparsity)))
             else:
                 gone = smallest_of_groups(scores, self.pattern)
             weight.masked_fill_(gone, 0)

@@ -16,8 +16,8 @@ TWO = KiviType(2, 16, 32)
 def states(tokens: int, rows: int = 1, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(rows, HEADS, tokens, WIDTH, generator=generator)
-    keys[..., 3] = 40 + 5 * keys[..., 3]
-    keys[..., 17] *= 30
+    keys[..., 3] = 40 + 3 * keys[..., 3]
+    keys[..., 17] = 2 * keys[..., 17] - 25
     return keys, torch.randn(rows, HEADS, tokens, WIDTH, generator=generator)
 
 
@@ -39,7 +39,7 @@ def test_every_number_comes_back_within_half_a_step_of_its_group(bits: int, per_
     step = step.transpose(np.argsort(order)).reshape(cells.shape)
     spread = np.abs(cells.numpy()).max()
     assert (error <= step / 2 * 1.01 + spread * 2**-11 / (2**bits - 1) + 1e-6).all()
-    assert error.max() > 0.3 * step.max() if bits == 2 else error.max() > 0
+    assert (error > 0.4 * step).any()
 
 
 def test_by_hand() -> None:
