@@ -1,11 +1,11 @@
 """A linear layer over codes of 2, 3, 4 and 8 bits beside a dense one in bfloat16, one token at a time.
 
-    python benchmarks/kernel_grouped.py [--threads 2] [--rounds 15] [--rows 1]
+    python benchmarks/kernel_grouped.py [--threads 2] [--rounds 15] [--rows 1] [--cpu-time]
 
 Shapes are SmolLM2-135M's. Every layer exists in so many copies that together they do not fit the caches, and the copies
 take turns, as layers do while a model decodes. All kinds take turns too, round by round; times are medians. Bytes are
 what a layer stores, GB/s are those bytes per second, and "of bandwidth" is their share of what this machine reads at
-best with as many threads. Prints only.
+best with as many threads. `--cpu-time` is for a busy machine: one thread and its processor time. Prints only.
 """
 
 from __future__ import annotations
@@ -54,11 +54,13 @@ def layers(rows: int, columns: int) -> dict[str, tuple[list[Callable[[torch.Tens
     return found
 
 
-def seconds(copies: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, calls: int) -> float:
-    start = time.perf_counter()
+def seconds(
+    copies: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor, calls: int, clock: Callable[[], float]
+) -> float:
+    start = clock()
     for call in range(calls):
         copies[call % len(copies)](x)
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def main() -> None:
@@ -66,7 +68,10 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--rows", type=int, default=1, help="rows of activations")
+    options.add_argument("--cpu-time", action="store_true")
     given = options.parse_args()
+    given.threads = 1 if given.cpu_time else given.threads
+    clock = time.thread_time if given.cpu_time else time.perf_counter
     torch.set_num_threads(given.threads)
     machine = Machine.load()
     known = machine.rates.get(f"bandwidth.{given.threads}")
@@ -79,7 +84,7 @@ def main() -> None:
             times: dict[str, list[float]] = {name: [] for name in kinds}
             for turn in range(given.rounds + 1):
                 for name, (copies, _) in kinds.items() if turn % 2 else reversed(kinds.items()):
-                    took = seconds(copies, x, max(len(copies), round(4e7 / (rows * columns))))
+                    took = seconds(copies, x, max(len(copies), round(4e7 / (rows * columns))), clock)
                     if turn:
                         times[name].append(took)
             dense = times["bfloat16"]
@@ -90,7 +95,8 @@ def main() -> None:
                               number(size / (2 * rows * columns), 3), number(size / took / 1e9, 1),
                               number(size / took / best, 2) if best else "-"])
     heads = ("layer", "us", "times as fast as bfloat16", "bytes of it", "GB/s", "of bandwidth")
-    print(f"{given.threads} threads, {given.rows} rows of activations, {given.rounds} rounds\n")
+    how = "processor time" if given.cpu_time else "wall clock"
+    print(f"{given.threads} threads, {how}, {given.rows} rows of activations, {given.rounds} rounds\n")
     print(table(heads, lines))
     print(f"\n{facts(('torch',))}")
 

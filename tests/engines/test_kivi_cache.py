@@ -42,6 +42,15 @@ def test_every_number_comes_back_within_half_a_step_of_its_group(bits: int, per_
     assert (error > 0.4 * step).any()
 
 
+@pytest.mark.parametrize("offset", [0.0, -700.0, 3001.3])
+def test_a_range_far_from_zero_is_spanned_too(offset: float) -> None:
+    cells = states(16)[1] + offset
+    codes, scale, zero = pack(cells, 8, 16, per_channel=True)
+    error = (unpack((codes, scale, zero), 8, torch.float32) - cells).abs()
+    assert (error <= scale.float()[:, :, 0] / 2 + abs(offset) * 2**-22).all()
+    assert (zero.float()[:, :, 0, 0] <= cells.amin(2)).all()
+
+
 def test_by_hand() -> None:
     cells = torch.zeros(1, 1, 16, 16)
     cells[0, 0, :, 0] = torch.arange(16) % 4 * 2.0 - 1  # -1, 1, 3, 5 along the tokens of one channel

@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from fivefold.errors import NotFinite
 from fivefold.files import storage
 from fivefold.model import ADAPTER, Model, read_config
-from fivefold.weights import StoredTensor, copy_side_files, dump_json, read_tensors, to_bfloat16, write_safetensors
+from fivefold.weights import (
+    DTYPE_BYTES,
+    StoredTensor,
+    copy_side_files,
+    dump_json,
+    read_tensors,
+    to_bfloat16,
+    write_safetensors,
+)
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -71,6 +79,6 @@ def write_folder(model: Model, folder: Path) -> Model:
     dump_json(folder / "config.json", {**config, "dtype": model.run.dtype})
     write_safetensors(folder / "model.safetensors", tensors)
     kinds = Counter(tensor.dtype for tensor in tensors.values())
-    size = sum(math.prod(t.shape) * {"F32": 4, "BF16": 2}.get(t.dtype, 1) for t in tensors.values())
+    size = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] for t in tensors.values())
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return model.but(path=folder, format="safetensors").covered(f"safetensors: {said}; {size} bytes of weights")

@@ -58,8 +58,9 @@ class Trained:
 class Teaching(Protocol):
     """What is learned from batches, and how it is judged, where that is not the next token."""
 
-    loss: Callable[[Batch], torch.Tensor]
-    held_loss: Callable[[Batch], torch.Tensor]
+    def loss(self, batch: Batch, /) -> torch.Tensor: ...
+
+    def held_loss(self, batch: Batch, /) -> torch.Tensor: ...
 
     def batches(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """Those of 0-based `step`, given the text's own."""

@@ -95,8 +95,8 @@ def test_hidden_states_help_and_find_their_places(student: Model) -> None:
 
 
 def answers(model: Model, folder: Path) -> Answers:
-    """200 questions, each answered with one of ten words."""
-    asked = np.random.default_rng(1).integers(5, 200, (200, 12))
+    """200 beginnings of real texts, each to be gone on with by one of ten tokens."""
+    asked = windows(model, 200, 12)
     folder.mkdir()
     session = open_session(export(model, folder))
     scores = np.stack([session.score(row.tolist())[-1, 20:30] for row in asked]).astype(np.float64)
@@ -108,7 +108,8 @@ def answers(model: Model, folder: Path) -> Answers:
 def test_the_student_becomes_loyal(student: Model, tmp_path: Path) -> None:
     done = Distill(**{**SHORT, "steps": 60}).apply(student)
     parent = answers(student.parent, tmp_path / "parent")
-    before, after = (loyalty(parent, answers(m, tmp_path / name)) for name, m in (("before", student), ("after", done)))
+    pairs = (("before", student), ("after", done))
+    before, after = (loyalty(parent, answers(m, tmp_path / name)) for name, m in pairs)
     for name in ("label_loyalty", "probability_loyalty"):
         assert (after[name].value or 0) > (before[name].value or 0) + 0.02, name
 

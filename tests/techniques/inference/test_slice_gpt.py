@@ -9,13 +9,13 @@ import torch
 from fivefold.engines import open_session
 from fivefold.errors import Misfit, ModelError
 from fivefold.export import export
-from fivefold.model import load
+from fivefold.model import load, read_config
 from fivefold.recipe import Recipe
 from fivefold.techniques._shared.calibration import windows
 from fivefold.techniques._shared.residual import axes
 from fivefold.testing.tiny import tiny_model
 from fivefold.training.module import load_module
-from fivefold.weights import read_tensors
+from fivefold.weights import dump_json, read_tensors
 
 
 def logits(model, rows) -> torch.Tensor:
@@ -44,7 +44,7 @@ def by_the_paper(model, basis: np.ndarray, ids) -> np.ndarray:
     With one token the softmax is 1, so attention is its value; the rotary angle of position 0 is 0.
     """
     w = {n: t.numpy().astype(np.float64) for n, t in read_tensors(model.path)}
-    width, eps = model.blueprint.width, 1e-6
+    width, eps = model.blueprint.width, 0.05
     repeat = model.blueprint.heads // model.blueprint.kv_heads
 
     def norm(z):
@@ -68,9 +68,9 @@ def by_the_paper(model, basis: np.ndarray, ids) -> np.ndarray:
 
 def test_the_slice_computes_what_the_papers_network_does(tiny):
     model = tiny("llama")
+    dump_json(model.path / "config.json", {**read_config(model.path), "rms_norm_eps": 0.05})
     basis, _ = axes(load_module(model), windows(model, 2))
     done = Recipe.parse("slice_gpt(slice=0.5, windows=2)").apply(model)
-    assert load_module(model).config.rms_norm_eps == 1e-6
     ids = np.array([[3], [70], [200]])
     got = logits(done, ids)[:, 0].numpy()
     want = by_the_paper(model, basis[:, :32].numpy(), ids[:, 0])

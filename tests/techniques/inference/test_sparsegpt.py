@@ -110,7 +110,7 @@ def test_blocks_further_right_hear_of_the_error():
     weight, hessian = problem(8, 300, 3)
     found = sparse_solution(weight, hessian, 0.3, damp=DAMP)
     for row, before in zip(found.numpy(), weight.double().numpy(), strict=True):
-        np.testing.assert_allclose(row, explicit_sweep(before, row == 0, damped(hessian)), rtol=1e-2, atol=2e-3)
+        np.testing.assert_allclose(row, explicit_sweep(before, row == 0, damped(hessian)), rtol=2e-3, atol=5e-4)
 
 
 def test_columns_that_never_receive_anything_go_first():

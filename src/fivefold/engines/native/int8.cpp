@@ -66,9 +66,9 @@ template <class T> float rounded(const T *x, int64_t width, uint8_t *out, uint32
     return step;
 }
 
-// Codes and step of one token; what is beside goes to `odd`.
+// Codes and step of one token. Inputs of columns beside go to `beside`, those above the limit to `odd`.
 template <class T>
-float quantized(const Layer &a, const T *x, uint8_t *out, std::vector<float> &room, std::vector<Odd> &odd) {
+float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::vector<Odd> &odd, std::vector<float> &room) {
     std::memset(out + a.width, 128, a.quads * QUAD - a.width);
     odd.clear();
     uint32_t top = largest(x, a.width);
@@ -76,7 +76,7 @@ float quantized(const Layer &a, const T *x, uint8_t *out, std::vector<float> &ro
     room.resize(a.width);
     for (int64_t j = 0; j < a.width; ++j) room[j] = wide(x[j]);
     for (int64_t n = 0; n < a.besides; ++n) {
-        odd.push_back({a.columns[n], room[a.columns[n]]});
+        beside[n] = room[a.columns[n]];
         room[a.columns[n]] = 0;
     }
     if (!a.besides)
@@ -157,35 +157,48 @@ inline void dots_one(const Layer &a, int64_t tile, const uint8_t *x, int32_t *ou
 }
 #endif
 
-inline void put(float *y, const float *value, int64_t count) { std::memcpy(y, value, count * 4); }
-inline void put(uint16_t *y, const float *value, int64_t count) {
+using Lanes = float __attribute__((vector_size(ROWS * 4)));
+
+inline void put(float *y, const Lanes &value, int64_t count) { std::memcpy(y, &value, count * 4); }
+inline void put(uint16_t *y, const Lanes &value, int64_t count) {
     uint16_t half[ROWS];
     for (int i = 0; i < ROWS; ++i) half[i] = narrow(value[i]);
     std::memcpy(y, half, count * 2);
 }
 
-void add_beside(const Layer &a, int64_t tile, const std::vector<Odd> &odd, float *value) {
-    float sum[ROWS] = {};
-    if (a.besides) {
-        for (int64_t n = 0; n < a.besides; ++n) {
-            const uint16_t *w = a.beside + (n * a.tiles + tile) * ROWS;
-            for (int i = 0; i < ROWS; ++i) sum[i] += odd[n].value * wide(w[i]);
-        }
-    } else {
-        for (const Odd &one : odd) {
-            const int8_t *w = a.codes + (tile * a.quads + one.column / QUAD) * VECTOR + one.column % QUAD;
-            for (int i = 0; i < ROWS; ++i) sum[i] += one.value * float(w[i * QUAD]);
-        }
-        for (int i = 0; i < ROWS; ++i) sum[i] *= a.scale[tile * ROWS + i];
-    }
-    for (int i = 0; i < ROWS; ++i) value[i] += sum[i];
-}
-
 struct Tokens {
     std::vector<uint8_t> codes;
-    std::vector<float> step;
+    std::vector<float> step, beside;
     std::vector<std::vector<Odd>> odd;
 };
+
+template <int B, int M> void add_beside(const Layer &a, int64_t tile, const float *x, Lanes (*value)[M]) {
+    Lanes sum[B][M] = {};
+    const uint16_t *row = a.beside + tile * ROWS;
+    for (int64_t n = 0; n < a.besides; ++n, row += a.tiles * ROWS) {
+        Lanes w[B];
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b)
+            for (int i = 0; i < ROWS; ++i) w[b][i] = wide(row[b * ROWS + i]);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+            for (int b = 0; b < B; ++b) sum[b][m] += w[b] * x[m * a.besides + n];
+    }
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) value[b][m] += sum[b][m];
+}
+
+void add_odd(const Layer &a, int64_t tile, const std::vector<Odd> &odd, Lanes &value) {
+    float sum[ROWS] = {};
+    for (const Odd &one : odd) {
+        const int8_t *w = a.codes + (tile * a.quads + one.column / QUAD) * VECTOR + one.column % QUAD;
+        for (int i = 0; i < ROWS; ++i) sum[i] += one.value * float(w[i * QUAD]);
+    }
+    for (int i = 0; i < ROWS; ++i) value[i] += sum[i] * a.scale[tile * ROWS + i];
+}
 
 template <int B, int M, class T>
 void tiles_times(const Layer &a, int64_t tile, const Tokens &t, int64_t first, T *y) {
@@ -193,14 +206,19 @@ void tiles_times(const Layer &a, int64_t tile, const Tokens &t, int64_t first, T
     const uint8_t *x = t.codes.data() + first * a.quads * QUAD;
     if (B == 1 && M == 1) dots_one(a, tile, x, sum[0][0]);
     else dots<B, M>(a, tile, x, sum);
+    Lanes value[B][M];
+    for (int b = 0; b < B; ++b) {
+        const float *scale = a.scale + (tile + b) * ROWS, *bias = a.bias + (tile + b) * ROWS;
+        for (int m = 0; m < M; ++m)
+            for (int i = 0; i < ROWS; ++i)
+                value[b][m][i] = float(sum[b][m][i]) * (t.step[first + m] * scale[i]) + bias[i];
+    }
+    if (a.besides) add_beside<B, M>(a, tile, t.beside.data() + first * a.besides, value);
     for (int b = 0; b < B; ++b) {
         const int64_t row = (tile + b) * ROWS, count = std::min<int64_t>(ROWS, a.rows - row);
         for (int m = 0; m < M; ++m) {
-            float value[ROWS];
-            const float step = t.step[first + m];
-            for (int i = 0; i < ROWS; ++i) value[i] = float(sum[b][m][i]) * (step * a.scale[row + i]) + a.bias[row + i];
-            if (!t.odd[first + m].empty()) add_beside(a, tile + b, t.odd[first + m], value);
-            put(y + (first + m) * a.rows + row, value, count);
+            if (!t.odd[first + m].empty()) add_odd(a, tile + b, t.odd[first + m], value[b][m]);
+            put(y + (first + m) * a.rows + row, value[b][m], count);
         }
     }
 }
@@ -235,11 +253,13 @@ template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, 
     const int64_t stride = a.quads * QUAD, groups = (a.tiles + TILES - 1) / TILES, most = std::min<int64_t>(count, CHUNK);
     if (int64_t(t.codes.size()) < most * stride) t.codes.resize(most * stride);
     if (int64_t(t.step.size()) < most) t.step.resize(most), t.odd.resize(most);
+    if (int64_t(t.beside.size()) < most * a.besides) t.beside.resize(most * a.besides);
     for (int64_t first = 0; first < count; first += CHUNK, x += CHUNK * a.width, y += CHUNK * a.rows) {
         const int64_t now = std::min<int64_t>(CHUNK, count - first);
         auto prepare = [&](int64_t m) {
             static thread_local std::vector<float> room;
-            t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride, room, t.odd[m]);
+            t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride,
+                                  t.beside.data() + m * a.besides, t.odd[m], room);
         };
         auto multiply = [&](int64_t g) {
             tokens_times(a, g * TILES, std::min(a.tiles, (g + 1) * TILES), t, now, y);

@@ -184,13 +184,13 @@ def importances(
 
 def _taylor(scores: Scores, layer: int, what: str, part: Any) -> Callable[[Any, Any], None]:
     def before(_: Any, args: Any) -> None:
-        x = args[0]
+        value = args[0].detach()  # the hook must not hold the tensor it hangs on: a cycle would keep the graph
 
         def backward(gradient: torch.Tensor) -> None:
-            product = scores.grouped(what, x.detach().float() * gradient.float())
+            product = scores.grouped(what, value.float() * gradient.float())
             scores.add((layer, what), product.sum(2).square().sum(0))
 
-        x.register_hook(backward)
+        args[0].register_hook(backward)
 
     return before
 

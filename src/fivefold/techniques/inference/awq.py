@@ -127,8 +127,8 @@ class Awq(Technique):
         moved = (stage.run(stage.hidden[0]) - want).norm() / want.norm()
         if not moved < SAME:
             raise ModelError(
-                f"{self.name} changed what layer {stage.number} computes by {float(moved):.1%}: this family does not let"
-                " its scales be folded away; leave awq out"
+                f"{self.name} changed what layer {stage.number} computes by {float(moved):.1%}: this family does not"
+                " let its scales be folded away; leave awq out"
             )
 
     def _one(
