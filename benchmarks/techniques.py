@@ -41,7 +41,8 @@ from fivefold.workload import Workload
 MODEL = "smollm2-135m"
 WITH = {
     "gguf": 'gguf(type="q4_0")', "mixed_precision": "mixed_precision(bits=5.5)",
-    "repair": 'prune_depth(layers=2) + repair + gguf(type="q8_0")', "kv_cache": 'kv_cache(type="q8_0") + gguf(type="f16")',
+    "repair": 'prune_depth(layers=2) + repair + gguf(type="q8_0")',
+    "kv_cache": 'kv_cache(type="q8_0") + gguf(type="f16")',
     "prompt_lookup": 'prompt_lookup + gguf(type="f16")',
     "prune_depth": 'prune_depth(layers=2) + gguf(type="f16")',
 }

@@ -100,8 +100,8 @@ def test_from_rows_to_a_model(model: Path, rows: Path, tmp_path: Path) -> None:
         model, rows, out, "--budget", "memory<=2GB, time<=1min", "--task", "accuracy", "--epochs", "3"))
     assert (code, complained) == (0, ""), "the libraries are silent"
     assert not re.search(r"(?i)warning|deprecated|shards|it/s|transformers|bitsandbytes", said)
-    for needle in ("152 examples", "8 more held out, judged on 8 rows", "chosen", "memory of lora: process", "~ modelled",
-                   "measuring in the serving engine", "numbers trained", "accuracy", "perplexity",
+    for needle in ("152 examples", "8 more held out, judged on 8 rows", "chosen", "memory of lora: process",
+                   "~ modelled", "measuring in the serving engine", "numbers trained", "accuracy", "perplexity",
                    "against the parent:", "energy", "money", "memory forecast", "serve it   fivefold serve"):
         assert needle in said, needle
     bars = [line for line in said.splitlines() if re.search(r"[━╌] \d+/\d+  loss \d", line)]

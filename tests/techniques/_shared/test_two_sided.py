@@ -63,7 +63,7 @@ def test_sweeps_end_where_no_single_code_can_do_better(type: str) -> None:
     for _ in range(12):
         packed = work._codes(packed, first=False)
         losses.append(lost(packed, type, matrix, work.metric, work.coupling))
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.7 * losses[0]
     draw = np.random.default_rng(3)
     for row, column in zip(draw.integers(0, 12, 40), draw.integers(0, matrix.shape[1], 40), strict=True):

@@ -20,6 +20,8 @@ from fivefold.engines._native import load
 FEW = 4
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
 STORED = "bf16, gathered"
+HALF = {torch.bfloat16: 1, torch.float32: 0}
+"""What the kernels read, and the flag that tells them."""
 
 
 @functools.cache
@@ -39,12 +41,9 @@ def declared(library: Any) -> Any:
     return library
 
 
-def rows_of(x: Tensor, width: int) -> tuple[Tensor, int]:
-    """The rows of (..., width) in a dtype and layout the kernels read, and whether that is bfloat16."""
-    flat = x.reshape(-1, width)
-    if flat.dtype not in (torch.bfloat16, torch.float32):
-        flat = flat.float()
-    return flat.contiguous(), int(flat.dtype == torch.bfloat16)
+def readable(x: Tensor) -> Tensor:
+    """The same values in a dtype and layout the kernels read."""
+    return (x if x.dtype in HALF else x.float()).contiguous()
 
 
 def cut(x: Tensor, threshold: float) -> Tensor:

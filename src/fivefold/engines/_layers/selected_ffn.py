@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.engines._layers._gather import ACTIVATIONS, FEW, STORED, kernels, matrix, number, rows_of
+from fivefold.engines._layers._gather import ACTIVATIONS, FEW, HALF, STORED, kernels, matrix, number, readable
 
 TENSORS = ("gate", "up", "down", "reduce", "expand", "offset")
 
@@ -39,17 +39,17 @@ class SelectedFeedForward(nn.Module):
         self._kernel = kernels().neuron_ffn
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, half = rows_of(x, self.width)
-        if len(rows) > FEW:
-            return self._densely(rows).view(x.shape).to(x.dtype)
-        y = torch.empty_like(rows)
+        given, count = readable(x), x.numel() // self.width
+        if count > FEW:
+            return self._densely(given.view(-1, self.width)).view(x.shape).to(x.dtype)
+        y = torch.empty_like(given)
         place = [b.data_ptr() for name in TENSORS if (b := self._buffers.get(name)) is not None]
         self.kept += self._kernel(
-            rows.data_ptr(), half, len(rows), self.width, self.ffn, *place[:3], ACTIVATIONS[self.activation],
+            given.data_ptr(), HALF[given.dtype], count, self.width, self.ffn, *place[:3], ACTIVATIONS[self.activation],
             self.threshold, self.rank, *(place[3:] or [None] * 3), y.data_ptr(), torch.get_num_threads(),
         )
-        self.seen += len(rows) * self.ffn
-        return y.view(x.shape).to(x.dtype)
+        self.seen += count * self.ffn
+        return y.to(x.dtype)
 
     def chosen(self, rows: Tensor) -> Tensor:
         """Which neurons each of (rows, width) computes, (rows, ffn) of bool; only for a layer with a predictor."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.engines._layers._gather import FEW, STORED, cut, kernels, matrix, number, rows_of
+from fivefold.engines._layers._gather import FEW, HALF, STORED, cut, kernels, matrix, number, readable
 
 TENSORS = ("columns", "bias")
 
@@ -35,17 +35,17 @@ class ThresholdedLinear(nn.Module):
         self.kept = self.seen = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, half = rows_of(x, self.in_features)
-        if len(rows) > FEW:
-            return self._densely(rows.view(x.shape)).to(x.dtype)
-        y = torch.empty(len(rows), self.out_features, dtype=rows.dtype)
+        given, count = readable(x), x.numel() // self.in_features
+        if count > FEW:
+            return self._densely(given).to(x.dtype)
+        y = given.new_empty((*x.shape[:-1], self.out_features))
         bias = None if self.bias is None else self.bias.data_ptr()
         self.kept += self._kernel(
-            rows.data_ptr(), half, len(rows), self.in_features, self.threshold, self.columns.data_ptr(),
+            given.data_ptr(), HALF[given.dtype], count, self.in_features, self.threshold, self.columns.data_ptr(),
             self.out_features, bias, y.data_ptr(), torch.get_num_threads(),
         )
-        self.seen += rows.numel()
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        self.seen += given.numel()
+        return y.to(x.dtype)
 
     def _densely(self, x: Tensor) -> Tensor:
         y = cut(x, self.threshold) @ self.columns.to(x.dtype)

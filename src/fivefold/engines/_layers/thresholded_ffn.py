@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.engines._layers._gather import ACTIVATIONS, FEW, STORED, cut, kernels, matrix, number, rows_of
+from fivefold.engines._layers._gather import ACTIVATIONS, FEW, HALF, STORED, cut, kernels, matrix, number, readable
 
 TENSORS = ("gate_up", "down")
 
@@ -39,16 +39,16 @@ class ThresholdedFeedForward(nn.Module):
         self._rest = ACTIVATIONS[activation], threshold, threshold_down
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, half = rows_of(x, self.width)
-        if len(rows) > FEW:
-            return self._densely(rows.view(x.shape)).to(x.dtype)
-        y = torch.empty_like(rows)
+        given, count = readable(x), x.numel() // self.width
+        if count > FEW:
+            return self._densely(given).to(x.dtype)
+        y = torch.empty_like(given)
         self._kernel(
-            rows.data_ptr(), half, len(rows), self.width, self.ffn, self.gate_up.data_ptr(),
+            given.data_ptr(), HALF[given.dtype], count, self.width, self.ffn, self.gate_up.data_ptr(),
             self.down.data_ptr(), *self._rest, y.data_ptr(), torch.get_num_threads(), self.kept,
         )
-        self.seen += len(rows)
-        return y.view(x.shape).to(x.dtype)
+        self.seen += count
+        return y.to(x.dtype)
 
     def _densely(self, x: Tensor) -> Tensor:
         gate, up = (cut(x, self.threshold) @ self.gate_up.to(x.dtype)).split(self.ffn, -1)

@@ -76,12 +76,13 @@ class Repair(Technique):
 
         plan = self._train(model)
         train, held_out = text(model, plan)
-        lesson = Lesson(model, self._student(model, plan.seed), held_out)
-        groups = lesson.student.groups()
+        student = self._student(model, plan.seed)
+        lesson = Lesson(model, student, held_out)
+        groups = student.groups()
         stream = windows(train, max(1, plan.tokens_per_step // plan.sequence), plan.seed, AT_ONCE)
         done = fit(plan, groups, lesson.loss, stream, lesson.score)
         numbers = sum(p.numel() for group in groups for p in group.parameters.values())
-        return lesson.student.result().but(train=plan).covered(
+        return student.result().but(train=plan).covered(
             f"repair: held-out KL {done.before:.4f} -> {done.after:.4f} at step {done.best_step} of {plan.steps},"
             f" {plan.steps * plan.tokens_per_step} tokens, {numbers} numbers trained"
         )
