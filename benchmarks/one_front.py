@@ -2,7 +2,7 @@
 
     python benchmarks/one_front.py [--sizes 78,92,105] [--windows 8] [--steps 120] [--no-orders]
 
-Model, text and engine as in quantization.py: SmolLM2-135M (the off-grid parent), GGUF files run by llama.cpp, KL against
+Model, text and engine as in quantization.py: SmolLM2-135M (the off-grid parent), GGUF files run by llama.cpp, KL to
 the parent in F32. At each size every recipe below is built for that size; the best single technique and the best
 combination are chosen by their KL on the encyclopedia's screen split, which nothing is calibrated on, and both are then
 measured on the evaluation split. Differences are paired by token, intervals clustered by window.

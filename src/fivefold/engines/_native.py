@@ -28,7 +28,7 @@ from fivefold.paths import cache_dir
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
          "-std=c++17", "-shared", "-fPIC")
-"""Not -ffast-math: a library linked with it makes the whole process flush denormal numbers to zero when it is opened."""
+"""Not -ffast-math: a library linked with it makes the whole process flush denormal numbers to zero when opened."""
 COMPILERS = ("c++", "g++", "clang++")
 LIMIT_S = 300
 

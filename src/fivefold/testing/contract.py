@@ -171,11 +171,11 @@ def working(name: str, space: SearchSpace) -> Recipe:
     if name not in space.levels:
         pytest.skip(space.dropped.get(name, "it fits no tiny model"))
     for setting in space.variants(name):
-        for partner in ({}, {"gguf": {"type": "q8_0"}}, {"wanda": {"sparsity": 0.5}}):
+        for partner in ({}, {"gguf": {"type": "q8_0"}}, {"wanda": {"sparsity": 0.5}}, {"prune_depth": {"layers": 1}}):
             recipe = space.recipe({**partner, name: setting})
             if recipe is not None:
                 return recipe
-    pytest.skip(f"no setting of {name} fits the tiny model alone, with gguf or with wanda")
+    pytest.skip(f"no setting of {name} fits the tiny model alone, with gguf, wanda or prune_depth")
 
 
 def applied(recipe: Recipe, parent: Model, work: Path) -> Model:

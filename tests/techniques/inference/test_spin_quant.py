@@ -95,7 +95,7 @@ def test_gradients_are_those_of_finite_differences_where_nothing_is_rounded(tiny
 @pytest.mark.parametrize("residual", [True, False])
 def test_learned_rotations_keep_the_function_and_round_better_than_random_ones(tiny, tied, residual):
     model = spiky(tiny("llama", tied=tied))
-    technique = SpinQuant(steps=12, tokens=256, residual=residual)
+    technique = SpinQuant(steps=24, tokens=256, residual=residual)
     done = technique.apply(model)
     np.testing.assert_allclose(logits(done).numpy(), logits(model).numpy(), atol=1e-4)
     assert done.blueprint == technique.plan(model).blueprint

@@ -154,15 +154,26 @@ static inline float dot(const bf16* w, const float* x, num n, const bf16* next) 
   return total;
 }
 
+// e^v to a few units in the last place, in operations a compiler turns into vectors (a call of expf it does not).
+static inline float exponential(float v) {
+  v = v < -87.0f ? -87.0f : v > 88.0f ? 88.0f : v;
+  const float n = std::floor(v * 1.44269504f + 0.5f), r = v - n * 0.693147181f;
+  const float p = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * 0.00138888889f)))));
+  const uint32_t b = uint32_t(int32_t(n) + 127) << 23;
+  float power;
+  memcpy(&power, &b, 4);
+  return p * power;
+}
 enum { SILU = 0, GELU_TANH = 1, GELU = 2, RELU = 3 };
+static inline float silu(float v) { return v / (1 + exponential(-v)); }
 static inline float activated(float v, int kind) {
-  if (kind == SILU) return v / (1 + std::exp(-v));
-  if (kind == GELU_TANH) return v / (1 + std::exp(-1.5957691216f * (v + 0.044715f * v * v * v)));
+  if (kind == SILU) return silu(v);
+  if (kind == GELU_TANH) return v / (1 + exponential(-1.5957691216f * (v + 0.044715f * v * v * v)));
   if (kind == GELU) return 0.5f * v * (1 + std::erf(v * 0.70710678f));
-  return v > 0 ? v : 0;
+  return v > 0 || v != v ? v : 0;
 }
 static void activate(float* v, num begin, num end, int kind) {
-  if (kind == SILU) for (num i = begin; i < end; ++i) v[i] = v[i] / (1 + std::exp(-v[i]));
+  if (kind == SILU) for (num i = begin; i < end; ++i) v[i] = silu(v[i]);
   else for (num i = begin; i < end; ++i) v[i] = activated(v[i], kind);
 }
 

@@ -20,6 +20,7 @@
 #include <immintrin.h>
 #define WIDE 1
 #endif
+#define UNROLL _Pragma("GCC unroll 8")
 
 extern "C" {
 struct Layer {
@@ -37,6 +38,9 @@ namespace {
 
 constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TILES = 3, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
 constexpr uint32_t INFINITE = 0x7f800000u;
+
+using Ints = int32_t __attribute__((vector_size(ROWS * 4)));
+using Lanes = float __attribute__((vector_size(ROWS * 4)));
 
 struct Odd { int32_t column; float value; };
 
@@ -85,79 +89,83 @@ float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::ve
     return rounded(room.data(), a.width, out, largest(room.data(), a.width));
 }
 
+struct Tokens {
+    std::vector<uint8_t> codes;
+    std::vector<float> step, beside;
+    std::vector<std::vector<Odd>> odd;
+};
+
+template <class V, class T> inline V load(const T *at) { V value; std::memcpy(&value, at, sizeof value); return value; }
+inline Lanes lanes(const uint16_t *at) {
+    using Narrow = uint16_t __attribute__((vector_size(ROWS * 2)));
+    return (Lanes)(__builtin_convertvector(load<Narrow>(at), Ints) << 16);
+}
+
+// Adds to every row's sum four unsigned activations times the row's four signed weights.
 #ifdef WIDE
-inline void add_products(__m512i &sum, __m512i p, __m512i q) { sum = _mm512_dpbusd_epi32(sum, p, q); }
-inline __m512i four_of(const uint8_t *x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return _mm512_set1_epi32(four);
-}
-
-template <int B, int M>
-inline void dots(const Layer &a, int64_t tile, const uint8_t *x, int32_t (*out)[M][ROWS]) {
-    const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
-    const int8_t *w = a.codes + tile * size;
-    __m512i sum[B][M];
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) sum[b][m] = _mm512_loadu_si512(a.start + (tile + b) * ROWS);
-#pragma GCC unroll 1
-    for (const uint8_t *end = x + stride; x < end; x += QUAD, w += VECTOR) {
-        __m512i q[B];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b) q[b] = _mm512_loadu_si512(w + b * size);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) {
-            const __m512i p = four_of(x + m * stride);
-#pragma GCC unroll 8
-            for (int b = 0; b < B; ++b) add_products(sum[b][m], p, q[b]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) _mm512_storeu_si512(out[b][m], sum[b][m]);
-}
-
-// One token: a tile is one stream, four sums along it.
-inline void dots_one(const Layer &a, int64_t tile, const uint8_t *x, int32_t *out) {
-    const int8_t *w = a.codes + tile * a.quads * VECTOR;
-    const int64_t whole = a.quads / 4 * 4;
-    __m512i sum[4] = {_mm512_loadu_si512(a.start + tile * ROWS)};
-    int64_t k = 0;
-    for (; k < whole; k += 4)
-#pragma GCC unroll 4
-        for (int u = 0; u < 4; ++u) {
-            _mm_prefetch((const char *)w + (k + u) * VECTOR + AHEAD, _MM_HINT_T0);
-            add_products(sum[u], four_of(x + (k + u) * QUAD), _mm512_loadu_si512(w + (k + u) * VECTOR));
-        }
-    for (; k < a.quads; ++k) add_products(sum[0], four_of(x + k * QUAD), _mm512_loadu_si512(w + k * VECTOR));
-    _mm512_storeu_si512(out, _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])));
+inline void add_products(Ints &sum, int32_t four, Ints w) {
+    sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi32(four), (__m512i)w);
 }
 #else
-template <int B, int M>
-inline void dots(const Layer &a, int64_t tile, const uint8_t *x, int32_t (*out)[M][ROWS]) {
-    const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
-    for (int b = 0; b < B; ++b)
-        for (int m = 0; m < M; ++m) {
-            const int8_t *w = a.codes + (tile + b) * size;
-            int32_t sum[ROWS];
-            std::memcpy(sum, a.start + (tile + b) * ROWS, sizeof sum);
-            for (int64_t k = 0; k < a.quads; ++k)
-                for (int i = 0; i < ROWS; ++i)
-                    for (int c = 0; c < QUAD; ++c)
-                        sum[i] += int32_t(x[m * stride + k * QUAD + c]) * w[k * VECTOR + i * QUAD + c];
-            std::memcpy(out[b][m], sum, sizeof sum);
-        }
-}
-
-inline void dots_one(const Layer &a, int64_t tile, const uint8_t *x, int32_t *out) {
-    dots<1, 1>(a, tile, x, (int32_t(*)[1][ROWS])out);
+inline void add_products(Ints &sum, int32_t four, Ints w) {
+    for (int c = 0; c < QUAD; ++c) sum += (four >> (8 * c) & 255) * ((w << (24 - 8 * c)) >> 24);
 }
 #endif
 
-using Lanes = float __attribute__((vector_size(ROWS * 4)));
+template <int B, int M>
+inline void dots(const Layer &a, int64_t tile, const uint8_t *x, Ints (*out)[M]) {
+    const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
+    const int8_t *w = a.codes + tile * size;
+    Ints sum[B][M];
+    UNROLL for (int b = 0; b < B; ++b)
+        UNROLL for (int m = 0; m < M; ++m) sum[b][m] = load<Ints>(a.start + (tile + b) * ROWS);
+    for (const uint8_t *end = x + stride; x < end; x += QUAD, w += VECTOR) {
+        Ints q[B];
+        UNROLL for (int b = 0; b < B; ++b) q[b] = load<Ints>(w + b * size);
+        UNROLL for (int m = 0; m < M; ++m) {
+            const int32_t four = load<int32_t>(x + m * stride);
+            UNROLL for (int b = 0; b < B; ++b) add_products(sum[b][m], four, q[b]);
+        }
+    }
+    UNROLL for (int b = 0; b < B; ++b)
+        UNROLL for (int m = 0; m < M; ++m) out[b][m] = sum[b][m];
+}
+
+// One token: a tile is one stream, four sums along it.
+template <> inline void dots<1, 1>(const Layer &a, int64_t tile, const uint8_t *x, Ints (*out)[1]) {
+    const int8_t *w = a.codes + tile * a.quads * VECTOR;
+    Ints sum[4] = {load<Ints>(a.start + tile * ROWS)};
+    int64_t k = 0;
+    for (; k + 4 <= a.quads; k += 4)
+        UNROLL for (int u = 0; u < 4; ++u, x += QUAD, w += VECTOR) {
+            __builtin_prefetch(w + AHEAD);
+            add_products(sum[u], load<int32_t>(x), load<Ints>(w));
+        }
+    for (; k < a.quads; ++k, x += QUAD, w += VECTOR) add_products(sum[0], load<int32_t>(x), load<Ints>(w));
+    out[0][0] = sum[0] + sum[1] + sum[2] + sum[3];
+}
+
+template <int B, int M> void add_beside(const Layer &a, int64_t tile, const float *x, Lanes (*value)[M]) {
+    Lanes sum[B][M] = {};
+    const uint16_t *row = a.beside + tile * ROWS;
+    for (int64_t n = 0; n < a.besides; ++n, row += a.tiles * ROWS) {
+        Lanes w[B];
+        UNROLL for (int b = 0; b < B; ++b) w[b] = lanes(row + b * ROWS);
+        UNROLL for (int m = 0; m < M; ++m)
+            UNROLL for (int b = 0; b < B; ++b) sum[b][m] += w[b] * x[m * a.besides + n];
+    }
+    UNROLL for (int b = 0; b < B; ++b)
+        UNROLL for (int m = 0; m < M; ++m) value[b][m] += sum[b][m];
+}
+
+void add_odd(const Layer &a, int64_t tile, const std::vector<Odd> &odd, Lanes &value) {
+    Lanes sum = {};
+    for (const Odd &one : odd) {
+        const Ints four = load<Ints>(a.codes + (tile * a.quads + one.column / QUAD) * VECTOR);
+        sum += one.value * __builtin_convertvector((four << (24 - one.column % QUAD * 8)) >> 24, Lanes);
+    }
+    value += sum * load<Lanes>(a.scale + tile * ROWS);
+}
 
 inline void put(float *y, const Lanes &value, int64_t count) { std::memcpy(y, &value, count * 4); }
 inline void put(uint16_t *y, const Lanes &value, int64_t count) {
@@ -166,52 +174,15 @@ inline void put(uint16_t *y, const Lanes &value, int64_t count) {
     std::memcpy(y, half, count * 2);
 }
 
-struct Tokens {
-    std::vector<uint8_t> codes;
-    std::vector<float> step, beside;
-    std::vector<std::vector<Odd>> odd;
-};
-
-template <int B, int M> void add_beside(const Layer &a, int64_t tile, const float *x, Lanes (*value)[M]) {
-    Lanes sum[B][M] = {};
-    const uint16_t *row = a.beside + tile * ROWS;
-    for (int64_t n = 0; n < a.besides; ++n, row += a.tiles * ROWS) {
-        Lanes w[B];
-#pragma GCC unroll 8
-        for (int b = 0; b < B; ++b)
-            for (int i = 0; i < ROWS; ++i) w[b][i] = wide(row[b * ROWS + i]);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-            for (int b = 0; b < B; ++b) sum[b][m] += w[b] * x[m * a.besides + n];
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b)
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m) value[b][m] += sum[b][m];
-}
-
-void add_odd(const Layer &a, int64_t tile, const std::vector<Odd> &odd, Lanes &value) {
-    float sum[ROWS] = {};
-    for (const Odd &one : odd) {
-        const int8_t *w = a.codes + (tile * a.quads + one.column / QUAD) * VECTOR + one.column % QUAD;
-        for (int i = 0; i < ROWS; ++i) sum[i] += one.value * float(w[i * QUAD]);
-    }
-    for (int i = 0; i < ROWS; ++i) value[i] += sum[i] * a.scale[tile * ROWS + i];
-}
-
 template <int B, int M, class T>
 void tiles_times(const Layer &a, int64_t tile, const Tokens &t, int64_t first, T *y) {
-    int32_t sum[B][M][ROWS];
-    const uint8_t *x = t.codes.data() + first * a.quads * QUAD;
-    if (B == 1 && M == 1) dots_one(a, tile, x, sum[0][0]);
-    else dots<B, M>(a, tile, x, sum);
+    Ints sum[B][M];
+    dots<B, M>(a, tile, t.codes.data() + first * a.quads * QUAD, sum);
     Lanes value[B][M];
     for (int b = 0; b < B; ++b) {
-        const float *scale = a.scale + (tile + b) * ROWS, *bias = a.bias + (tile + b) * ROWS;
+        const Lanes scale = load<Lanes>(a.scale + (tile + b) * ROWS), bias = load<Lanes>(a.bias + (tile + b) * ROWS);
         for (int m = 0; m < M; ++m)
-            for (int i = 0; i < ROWS; ++i)
-                value[b][m][i] = float(sum[b][m][i]) * (t.step[first + m] * scale[i]) + bias[i];
+            value[b][m] = __builtin_convertvector(sum[b][m], Lanes) * (t.step[first + m] * scale) + bias;
     }
     if (a.besides) add_beside<B, M>(a, tile, t.beside.data() + first * a.besides, value);
     for (int b = 0; b < B; ++b) {
@@ -236,15 +207,10 @@ template <class T>
 void tokens_times(const Layer &a, int64_t tile, int64_t last, const Tokens &t, int64_t count, T *y) {
     int64_t first = 0;
     for (; first + TOKENS <= count; first += TOKENS) group_times<TOKENS>(a, tile, last, t, first, y);
-    switch (count - first) {
-    case 7: return group_times<7>(a, tile, last, t, first, y);
-    case 6: return group_times<6>(a, tile, last, t, first, y);
-    case 5: return group_times<5>(a, tile, last, t, first, y);
-    case 4: return group_times<4>(a, tile, last, t, first, y);
-    case 3: return group_times<3>(a, tile, last, t, first, y);
-    case 2: return group_times<2>(a, tile, last, t, first, y);
-    case 1: return group_times<1>(a, tile, last, t, first, y);
-    }
+    if (count - first >= 4) group_times<4>(a, tile, last, t, first, y), first += 4;
+    if (count - first == 3) group_times<3>(a, tile, last, t, first, y);
+    if (count - first == 2) group_times<2>(a, tile, last, t, first, y);
+    if (count - first == 1) group_times<1>(a, tile, last, t, first, y);
 }
 
 template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, int threads) {

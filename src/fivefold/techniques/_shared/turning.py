@@ -30,7 +30,7 @@ from fivefold.techniques._shared.rotation import Place, Rotation, place
 from fivefold.training.optimizer import Optimizer
 from fivefold.training.precision import Dice, State
 
-MOMENTUM = 0.8
+MOMENTUM = 0.5
 
 
 class Cayley(Optimizer):

@@ -42,7 +42,7 @@ def round_both_ways(
     *, sweeps: int = SWEEPS,
 ) -> Packed:
     """(rows, columns) -> bytes of `type`. `upper` is `feedback.factor(hessian)`; `rows` is B, None: the rows apart."""
-    if rows is None or not bool(hessian.diagonal().any()):
+    if rows is None:
         return np.concatenate([
             _Work(matrix[i : i + feedback.ROWS], type, hessian, upper, None).done(sweeps)
             for i in range(0, len(matrix), feedback.ROWS)
@@ -68,6 +68,8 @@ class _Work:
     def done(self, sweeps: int) -> Packed:
         target = torch.from_numpy(self.matrix)
         packed = feedback._in_order(target, self.type, self.weights, self.upper)
+        if not bool(self.metric.any()):
+            return packed
         if self.down is not None:
             packed = self._codes(feedback._fit_scales(target, packed, self.type, self.metric), first=True)
         for _ in range(sweeps):

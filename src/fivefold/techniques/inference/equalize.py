@@ -1,4 +1,4 @@
-"""Columns scaled so that rounding errors fall where they cost least, judged by the loss: nothing changes but the rounding.
+"""Columns scaled, without changing the function, so that rounding errors fall where they cost least.
 
 Column j of a linear layer may be multiplied by s_j if its input is divided by s_j. Four such scalings per layer can be
 folded away: into the norm before q, k, v, the one before gate and up (their gains stay 32-bit vectors in every file),
@@ -13,8 +13,8 @@ what later columns cannot make up for, since a rounding with feedback is to foll
 instead takes the mean activation to a power and tries it on each block's output.
 
 By itself it saves nothing. It gains nothing where every column is rounded alone (8 bits and more hardly profit), and
-embedding and head have no scaling that could be folded. It needs a backward pass over the calibration text, and room for
-columns^2 numbers per matrix.
+embedding and head have no scaling that could be folded. It needs a backward pass over the calibration text, and room
+for columns^2 numbers per matrix.
 
 Sources: Nagel et al., Data-Free Quantization Through Weight Equalization, arXiv 1906.04721; Lin et al., AWQ, arXiv
 2306.00978.
@@ -62,7 +62,8 @@ class Equalize(Technique):
             )
         wrong = [w for w in (shape.width, shape.heads * shape.head_dim, shape.ffn) if w % self.block]
         if wrong:
-            raise Misfit(f"{self} does not fit: blocks of {self.block} do not divide rows of {wrong[0]}; choose another")
+            raise Misfit(f"{self} does not fit: blocks of {self.block} do not divide rows of {wrong[0]}; choose another"
+                         " block")
 
     def effort_once(self, model: Model) -> float:
         return 8.0 * self.windows * WINDOW * model.blueprint.parameters

@@ -32,6 +32,8 @@ SEQUENCE = 256
 HELD_OUT = 4
 TEXT_TOKENS = 65_536
 AT_ONCE = 2
+RATES = {"residual": 1.0, "heads": 10.0}
+"""The stream turns every matrix, a head's rotation two small parts of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,9 @@ class SpinQuant(Technique):
     """Training steps."""
     tokens: Annotated[int, Range(64, 65_536, log=True), Fixed()] = 1024
     """Tokens per step, in sequences of 256."""
-    rate: Annotated[float, Range(1e-5, 1.0, log=True), Fixed()] = 0.03
-    """Peak angle of a step, in radians (root mean square)."""
+    rate: Annotated[float, Range(1e-5, 1.0, log=True), Fixed()] = 3e-4
+    """Peak angle of a step of the stream, in radians (root mean square); heads turn ten times as far. Far larger ones only
+    draw the rounding errors anew."""
     seed: Annotated[int, Range(0, 1 << 30), Fixed()] = 0
     """Of the start and of the order of the text."""
 
@@ -117,7 +120,8 @@ class SpinQuant(Technique):
         plan = TrainPlan(steps=self.steps, learning_rate=self.rate, tokens_per_step=self.tokens,
                          sequence=held.shape[1], seed=self.seed)
         stream = windows(train, max(1, self.tokens // held.shape[1]), self.seed, AT_ONCE)
-        return fit(plan, [Group(parameters=turned.rotations())], loss, stream, score, optimizer=Cayley())
+        groups = [Group(parameters={name: p}, rate=RATES[name]) for name, p in turned.rotations().items()]
+        return fit(plan, groups, loss, stream, score, optimizer=Cayley())
 
     def _text(self, model: Model) -> tuple[Any, Any]:
         """(training windows, held-out windows) of the calibration text, the latter spread over it."""
