@@ -42,8 +42,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "jsd": {"objective": "jsd", "mix": 0.5},
     "features": {"objective": "forward_kl", "features": 1.0},
     "on_policy": {"objective": "reverse_kl", "on_policy": 0.5, "teacher_mix": 0.2},
-    "distill_text": {"learn": "answer", "texts": 100_000},
-    "distill_text, all": {"learn": "all", "texts": 100_000},
+    "distill_text": {"learn": "answer"},
+    "distill_text, all": {"learn": "all"},
 }
 LONG = "forward_kl, long"
 
@@ -51,7 +51,9 @@ LONG = "forward_kl, long"
 def technique(name: str, given: argparse.Namespace) -> Technique:
     told = {"minutes": given.long if name == LONG else given.minutes, "steps": given.steps or MOST}
     way = WAYS["forward_kl" if name == LONG else name]
-    return make("distill_text" if "learn" in way else "distill", {**told, **way})
+    if "learn" not in way:
+        return make("distill", {**told, **way})
+    return make("distill_text", {**told, **way, **({"texts": MOST} if told["minutes"] else {})})
 
 
 def student(given: argparse.Namespace) -> Model:

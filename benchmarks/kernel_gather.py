@@ -32,7 +32,7 @@ from fivefold.quantity import Quantity
 LINEAR = ((576, 576), (576, 1536), (1536, 576), (2048, 5504), (5504, 2048))
 FEED_FORWARD = ((576, 1536), (2048, 5504))
 FILL = 160 << 20
-RANK = 64
+RANK = 32
 Kinds = dict[str, Callable[[], Any]]
 
 
@@ -82,8 +82,8 @@ def feed_forwards(width: int, ffn: int, x: Tensor, way: str, shares: Sequence[fl
         found = {"gate": gate.clone(), "up": random(ffn, width), "down": random(ffn, width)}
         scores = act(x.float() @ gate.float().T).abs()
         if way == "predictor":
-            found |= {"reduce": random(RANK, width), "expand": random(ffn, RANK), "offset": torch.zeros(ffn)}
-            scores = x.float() @ found["reduce"].float().T @ found["expand"].float().T
+            found |= {"reduce": random(RANK, width), "expand": random(RANK, ffn), "offset": torch.zeros(ffn)}
+            scores = x.float() @ found["reduce"].float().T @ found["expand"].float()
         cut = quantile(scores, share) if share or way == "gate" else -1e29
         return SelectedFeedForward(found, act, "silu", cut)
 

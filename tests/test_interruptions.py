@@ -177,7 +177,8 @@ def test_ctrl_c_stops_and_says_how_to_go_on(inputs: Inputs, tmp_path: Path) -> N
 
 def test_ctrl_c_while_measuring(inputs: Inputs) -> None:
     child = inputs.start("measure", str(inputs.gguf), *inputs.choices(), "--rounds", "1000", SLOW="meters.worker")
-    time.sleep(3)
+    until(lambda: bool(psutil.Process(child.pid).children()), child)
+    time.sleep(1)
     os.killpg(child.pid, signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and "Traceback" not in said

@@ -136,7 +136,7 @@ def test_a_thresholded_feed_forward_is_its_formula(activation, width, ffn, rows)
 def neurons(width: int, ffn: int, rank: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:
     found = {name: random(ffn, width, seed=seed + i).bfloat16() for i, name in enumerate(("gate", "up", "down"))}
     if rank:
-        found |= {"reduce": random(rank, width, seed=8).bfloat16(), "expand": random(ffn, rank, seed=9).bfloat16(),
+        found |= {"reduce": random(rank, width, seed=8).bfloat16(), "expand": random(rank, ffn, seed=9).bfloat16(),
                   "offset": random(ffn, seed=10)}
     return found
 
@@ -150,11 +150,12 @@ def test_a_selected_feed_forward_is_its_formula(activation, width, ffn, rank, ro
     a = act(x.double() @ gate.T)
     score = a.abs()
     if rank:
-        score = x.double() @ tensors["reduce"].double().T @ tensors["expand"].double().T + tensors["offset"]
+        score = x.double() @ tensors["reduce"].double().T @ tensors["expand"].double() + tensors["offset"]
     threshold = between(score, 0.6)
     chosen = score > threshold
+    kept = chosen | (torch.arange(rows)[:, None] < (rows > _gather.FEW))
     layer = SelectedFeedForward(tensors, act, activation, threshold)
-    close(layer(x), (a * (x.double() @ up.T) * chosen) @ down)
+    close(layer(x), (a * (x.double() @ up.T) * kept) @ down)
     if rows <= _gather.FEW:
         assert (layer.kept, layer.seen) == (int(chosen.sum()), rows * ffn)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fivefold.engines._layers import load_layers, write_layers
+from fivefold.engines import _native
+from fivefold.engines._layers import int8_activations, load_layers, write_layers
 from fivefold.engines._layers.int8_activations import Int8Embedding, Int8Linear, codes, pack, rounded, unpack
 from fivefold.errors import ModelError
 from fivefold.testing.tiny import tiny_model
@@ -24,6 +25,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["as compiled here", "without VNNI"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without VNNI":
+        monkeypatch.setattr(_native, "FLAGS", (*_native.FLAGS, "-U__AVX512VNNI__"))
+        monkeypatch.setattr(_native, "load", _native.load.__wrapped__)
+        library = int8_activations._library.__wrapped__()
+        monkeypatch.setattr(int8_activations, "_library", lambda: library)
+
+
 def whole(rows: int, columns: int, seed: int) -> np.ndarray:
     """Codes with the largest one in every row, so that every scale is exactly 1."""
     out = np.random.default_rng(seed).integers(-127, 128, (rows, columns))
@@ -31,8 +41,9 @@ def whole(rows: int, columns: int, seed: int) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize("tokens", [*range(1, 18), 127, 128, 131, 260])
+@pytest.mark.parametrize("tokens", [*range(1, 13), 128, 131])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.usefixtures("kernel")
 def test_the_product_is_that_of_whole_numbers(threads: int, rows: int, columns: int, tokens: int) -> None:
     q, p = whole(rows, columns, 1), whole(tokens, columns, 2)
     want = p @ q.T
@@ -45,6 +56,7 @@ def test_the_product_is_that_of_whole_numbers(threads: int, rows: int, columns: 
         assert torch.equal(half, torch.tensor(want).float().bfloat16())
 
 
+@pytest.mark.usefixtures("kernel")
 def test_the_widest_sums_do_not_overflow() -> None:
     columns = 1 << 16
     layer = Int8Linear({"qweight": torch.full((17, columns), 127, dtype=torch.int8), "scale": torch.ones(17)})
@@ -92,6 +104,7 @@ def with_outliers(tokens: int, columns: int, seed: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.usefixtures("kernel")
 def test_columns_beside_are_multiplied_in_float(threads: int, tokens: int) -> None:
     weight, x = torch.randn(37, 70, generator=torch.Generator().manual_seed(5)), with_outliers(tokens, 70)
     bias = torch.randn(37, generator=torch.Generator().manual_seed(6))
@@ -104,6 +117,7 @@ def test_columns_beside_are_multiplied_in_float(threads: int, tokens: int) -> No
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.usefixtures("kernel")
 def test_inputs_above_the_limit_are_multiplied_in_float(threads: int, tokens: int) -> None:
     weight, x = torch.randn(37, 70, generator=torch.Generator().manual_seed(5)), with_outliers(tokens, 70)
     for limit in (0.5, 2.0, 6.0, 30.0):

@@ -79,8 +79,10 @@ def test_the_engine_computes_the_parent_with_the_predicted_neurons(tiny, tmp_pat
                 linear.weight.data = linear.weight.data.bfloat16().float()
             def before(_, args, name=name):
                 r, e, o = (dict(read_tensors(done.path))[f"{name}.{k}"].numpy() for k in ("reduce", "expand", "offset"))
-                scores = seen[name] @ r.T.astype(float) @ e.T.astype(float) + o
-                return (args[0] * torch.tensor(scores > stored.get_submodule(name).threshold),)
+                scores = seen[name] @ r.T.astype(float) @ e.astype(float) + o
+                mask = torch.tensor(scores > stored.get_submodule(name).threshold)
+                mask[:, 0] |= mask.shape[1] > 4
+                return (args[0] * mask,)
             mlp.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].double().numpy()}))
             mlp.down_proj.register_forward_pre_hook(before)
     with torch.no_grad():

@@ -46,16 +46,19 @@ def readable(x: Tensor) -> Tensor:
     return (x if x.dtype in HALF else x.float()).contiguous()
 
 
-def cut(x: Tensor, threshold: float) -> Tensor:
-    """What a threshold leaves of (..., length, width): values of at most that size become zero.
+def without(x: Tensor, gone: Tensor) -> Tensor:
+    """`x` of shape (..., length, width) with zeros where `gone`, but not in the first row of more than FEW.
 
-    Not in the first row of more than FEW: nearly every later token attends to the first one of a text, and its
-    activations are unlike all others'.
+    Nearly every later token attends to the first one of a text, and its activations are unlike all others'.
     """
-    small = x.abs() <= threshold
     if x.dim() > 1 and x.shape[-2] > FEW:
-        small[..., 0, :] = False
-    return x.masked_fill(small, 0)
+        gone[..., 0, :] = False
+    return x.masked_fill(gone, 0)
+
+
+def cut(x: Tensor, threshold: float) -> Tensor:
+    """`x` without the values of at most that size."""
+    return without(x, x.abs() <= threshold)
 
 
 def matrix(tensors: Mapping[str, Tensor], name: str, rows: int, columns: int) -> Tensor:

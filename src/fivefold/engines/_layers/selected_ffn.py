@@ -3,11 +3,11 @@
     y = sum over chosen i of act(gate_i x) (up_i x) down_i
 
 rank = 0: chosen where |act(gate_i x)| > threshold; gate is read whole, up and down only for the chosen.
-rank > 0: chosen where expand_i (reduce x) + offset_i > threshold, rank numbers in between, before any of gate, up and
+rank > 0: chosen where (expand^T reduce x)_i + offset_i > threshold, rank numbers in between, before any of gate, up and
 down is read: all three only for the chosen.
 
-All matrices are stored by neuron (`gate`, `up`, `down` of shape (ffn, width), `expand` (ffn, rank), `reduce` (rank,
-width)) in bfloat16, so a neuron that is not chosen skips whole runs of bytes; `offset` (ffn,) is float32.
+The matrices are stored by neuron (`gate`, `up`, `down`, of shape (ffn, width)), so a neuron that is not chosen skips
+whole runs of bytes; `reduce` is (rank, width) and `expand` (rank, ffn). All are bfloat16 but `offset` (ffn,), float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fivefold.engines._layers._gather import ACTIVATIONS, FEW, HALF, STORED, kernels, matrix, number, readable
+from fivefold.engines._layers._gather import ACTIVATIONS, FEW, HALF, STORED, kernels, matrix, number, readable, without
 
 TENSORS = ("gate", "up", "down", "reduce", "expand", "offset")
 
@@ -41,7 +41,7 @@ class SelectedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         given, count = readable(x), x.numel() // self.width
         if count > FEW:
-            return self._densely(given.view(-1, self.width)).view(x.shape).to(x.dtype)
+            return self._densely(given).to(x.dtype)
         y = torch.empty_like(given)
         place = [b.data_ptr() for name in TENSORS if (b := self._buffers.get(name)) is not None]
         self.kept += self._kernel(
@@ -51,16 +51,16 @@ class SelectedFeedForward(nn.Module):
         self.seen += count * self.ffn
         return y.to(x.dtype)
 
-    def chosen(self, rows: Tensor) -> Tensor:
-        """Which neurons each of (rows, width) computes, (rows, ffn) of bool; only for a layer with a predictor."""
-        low = rows.float() @ self.get_buffer("reduce").float().T
-        return low @ self.get_buffer("expand").float().T + self.get_buffer("offset") > self.threshold
+    def chosen(self, x: Tensor) -> Tensor:
+        """Which neurons each of (..., width) computes, (..., ffn) of bool; only for a layer with a predictor."""
+        low = x.float() @ self.get_buffer("reduce").float().T
+        return low @ self.get_buffer("expand").float() + self.get_buffer("offset") > self.threshold
 
-    def _densely(self, rows: Tensor) -> Tensor:
-        gate, up, down = (self.get_buffer(name).to(rows.dtype) for name in ("gate", "up", "down"))
-        a = self.act(rows @ gate.T)
-        gone = ~self.chosen(rows) if self.rank else a.abs() <= self.threshold
-        return (a * (rows @ up.T)).masked_fill(gone, 0) @ down
+    def _densely(self, x: Tensor) -> Tensor:
+        gate, up, down = (self.get_buffer(name).to(x.dtype) for name in ("gate", "up", "down"))
+        a = self.act(x @ gate.T)
+        gone = ~self.chosen(x) if self.rank else a.abs() <= self.threshold
+        return without(a * (x @ up.T), gone) @ down
 
     def extra_repr(self) -> str:
         return f"{self.width}, {self.ffn}, threshold={self.threshold:.3g}, rank={self.rank}"
@@ -72,7 +72,7 @@ def build(
     ffn, width = old.get_parameter("gate_proj.weight").shape
     found = {name: matrix(tensors, name, ffn, width) for name in ("gate", "up", "down")}
     if rank := int(settings["rank"]):
-        found["reduce"], found["expand"] = matrix(tensors, "reduce", rank, width), matrix(tensors, "expand", ffn, rank)
+        found["reduce"], found["expand"] = matrix(tensors, "reduce", rank, width), matrix(tensors, "expand", rank, ffn)
         found["offset"] = tensors["offset"].float().contiguous()
         if tuple(found["offset"].shape) != (ffn,):
             raise ValueError("offset")

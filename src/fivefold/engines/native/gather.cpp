@@ -131,27 +131,49 @@ static void add_kept(const Kept& kept, const bf16* w, num stride, num begin, num
   for (; k < kept.count; ++k) row[0] = w + kept.place[k] * stride, add_rows<1>(row, nullptr, kept.value.data() + k, begin, end, sum);
 }
 
-// Product of a row of bfloat16 with a `spread` vector.
-static inline float dot(const bf16* w, const float* x, num n, const bf16* next) {
+// out[i] = product of row i of bfloat16 with a `spread` vector. Several rows at once keep several lines of memory on
+// their way and several sums apart.
+static const int ABREAST = 8;
+template <int N>
+static inline void dots(const bf16* const* row, const bf16* const* next, const float* x, num n, float* out) {
   num i = 0;
-  float total = 0;
 #if WIDE
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
-  __m512 even = _mm512_setzero_ps(), odd = even;
+  __m512 even[N], odd[N];
+  for (int k = 0; k < N; ++k) even[k] = odd[k] = _mm512_setzero_ps();
   for (; i + 32 <= n; i += 32) {
-    const __m512i v = _mm512_loadu_si512(w + i);
-    _mm_prefetch((const char*)(next + i), _MM_HINT_T0);
-    even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_loadu_ps(x + i), even);
-    odd = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(v, high)), _mm512_loadu_ps(x + i + 16), odd);
+    const __m512 x0 = _mm512_loadu_ps(x + i), x1 = _mm512_loadu_ps(x + i + 16);
+    for (int k = 0; k < N; ++k) {
+      const __m512i v = _mm512_loadu_si512(row[k] + i);
+      if (next) _mm_prefetch((const char*)(next[k] + i), _MM_HINT_T0);
+      even[k] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), x0, even[k]);
+      odd[k] = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(v, high)), x1, odd[k]);
+    }
   }
-  total = _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+  for (int k = 0; k < N; ++k) out[k] = _mm512_reduce_add_ps(_mm512_add_ps(even[k], odd[k]));
 #else
-  (void)next;
+  for (int k = 0; k < N; ++k) out[k] = 0;
   for (; i + 32 <= n; i += 32)
-    for (num j = 0; j < 16; ++j) total += widen(w[i + 2 * j]) * x[i + j] + widen(w[i + 2 * j + 1]) * x[i + 16 + j];
+    for (int k = 0; k < N; ++k)
+      for (num j = 0; j < 16; ++j)
+        out[k] += widen(row[k][i + 2 * j]) * x[i + j] + widen(row[k][i + 2 * j + 1]) * x[i + 16 + j];
 #endif
-  for (; i < n; ++i) total += widen(w[i]) * x[i];
-  return total;
+  for (; i < n; ++i)
+    for (int k = 0; k < N; ++k) out[k] += widen(row[k][i]) * x[i];
+}
+// out[k] for begin <= k < end: the product of row place[k] (row k where there are no places) of w with x.
+static void dot_rows(const bf16* w, const int* place, num begin, num end, const float* x, num n, float* out) {
+  const bf16 *row[ABREAST], *next[ABREAST];
+  num k = begin;
+  for (; k + ABREAST <= end; k += ABREAST) {
+    const bool more = k + 2 * ABREAST <= end;
+    for (int i = 0; i < ABREAST; ++i) {
+      row[i] = w + (place ? place[k + i] : k + i) * n;
+      if (more) next[i] = w + (place ? place[k + ABREAST + i] : k + ABREAST + i) * n;
+    }
+    dots<ABREAST>(row, more ? next : nullptr, x, n, out + k);
+  }
+  for (; k < end; ++k) row[0] = w + (place ? place[k] : k) * n, dots<1>(row, nullptr, x, n, out + k);
 }
 
 // e^v to a few units in the last place, in operations a compiler turns into vectors (a call of expf it does not).
@@ -256,15 +278,16 @@ void gather_ffn(const void* x, int half, num rows, num width, num ffn, const bf1
 
 // A gated feed-forward of which only some neurons are computed. gate, up and down are [ffn][width].
 // rank = 0: those with |activation(gate_i x)| > threshold; gate is read whole.
-// rank > 0: those a predictor scores above the threshold: expand[i] (reduce x) + offset[i], reduce [rank][width], expand
-// [ffn][rank]. Returns how many neurons were kept.
+// rank > 0: those a predictor scores above the threshold: (reduce x) expand + offset, reduce [rank][width], expand
+// [rank][ffn]. Returns how many neurons were kept.
 num neuron_ffn(const void* x, int half, num rows, num width, num ffn, const bf16* gate, const bf16* up, const bf16* down,
                int kind, float threshold, num rank, const bf16* reduce, const bf16* expand, const float* offset, void* y,
                int threads) {
   float *row = scratch(0, width).data(), *in = scratch(1, width).data(), *score = scratch(2, ffn).data();
-  float *out = scratch(3, width).data(), *result = scratch(4, width).data();
-  float *low = scratch(5, rank).data(), *lows = scratch(6, rank).data();
-  Kept& kept = kept_places();
+  float *out = scratch(3, width).data(), *result = scratch(4, width).data(), *low = scratch(5, rank).data();
+  float *ups = scratch(6, ffn).data(), *sum = scratch(7, ffn).data();
+  static thread_local Kept chosen_of_caller, low_of_caller;
+  Kept &kept = chosen_of_caller, &lows = low_of_caller;
   num count = 0;
   for (num r = 0; r < rows; ++r) {
     read_row(x, half, r, width, row);
@@ -274,16 +297,16 @@ num neuron_ffn(const void* x, int half, num rows, num width, num ffn, const bf16
       const Part mid = part_of(ffn), own = part_of(width);
       if (rank) {
         const Part few = part_of(rank, 1);
-        for (num i = few.begin; i < few.end; ++i)
-          low[i] = dot(reduce + i * width, in, width, reduce + (i + 4 < few.end ? i + 4 : i) * width);
+        dot_rows(reduce, nullptr, few.begin, few.end, in, width, low);
 #pragma omp barrier
 #pragma omp single
-        spread(low, rank, lows);
-        for (num i = mid.begin; i < mid.end; ++i)
-          score[i] = offset[i] + dot(expand + i * rank, lows, rank, expand + (i + 8 < mid.end ? i + 8 : i) * rank);
+        keep(low, low, rank, 0, true, lows);
+        memset(sum + mid.begin, 0, (mid.end - mid.begin) * sizeof(float));
+        add_kept(lows, expand, ffn, mid.begin, mid.end, sum);
+        gathered(sum, mid.begin, mid.end, score);
+        for (num i = mid.begin; i < mid.end; ++i) score[i] += offset[i];
       } else {
-        for (num i = mid.begin; i < mid.end; ++i)
-          score[i] = dot(gate + i * width, in, width, gate + (i + 4 < mid.end ? i + 4 : i) * width);
+        dot_rows(gate, nullptr, mid.begin, mid.end, in, width, score);
         activate(score, mid.begin, mid.end, kind);
       }
 #pragma omp barrier
@@ -291,11 +314,13 @@ num neuron_ffn(const void* x, int half, num rows, num width, num ffn, const bf16
       keep(score, score, ffn, threshold, rank == 0, kept);
       const Part mine = part_of(kept.count, 1);
       const int* place = kept.place.data();
-      for (num k = mine.begin; k < mine.end; ++k) {
-        const num here = place[k] * width, next = place[k + 2 < mine.end ? k + 2 : k] * width;
-        const float u = dot(up + here, in, width, up + next);
-        kept.value[k] = u * (rank ? activated(dot(gate + here, in, width, gate + next), kind) : kept.value[k]);
+      float* value = kept.value.data();
+      dot_rows(up, place, mine.begin, mine.end, in, width, ups);
+      if (rank) {
+        dot_rows(gate, place, mine.begin, mine.end, in, width, value);
+        activate(value, mine.begin, mine.end, kind);
       }
+      for (num k = mine.begin; k < mine.end; ++k) value[k] *= ups[k];
 #pragma omp barrier
       memset(out + own.begin, 0, (own.end - own.begin) * sizeof(float));
       add_kept(kept, down, width, own.begin, own.end, out);

@@ -36,7 +36,7 @@ struct Layer {
 
 namespace {
 
-constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TILES = 3, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
+constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
 constexpr uint32_t INFINITE = 0x7f800000u;
 
 using Ints = int32_t __attribute__((vector_size(ROWS * 4)));
@@ -72,7 +72,8 @@ template <class T> float rounded(const T *x, int64_t width, uint8_t *out, uint32
 
 // Codes and step of one token. Inputs of columns beside go to `beside`, those above the limit to `odd`.
 template <class T>
-float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::vector<Odd> &odd, std::vector<float> &room) {
+float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::vector<Odd> &odd) {
+    static thread_local std::vector<float> room;
     std::memset(out + a.width, 128, a.quads * QUAD - a.width);
     odd.clear();
     uint32_t top = largest(x, a.width);
@@ -112,8 +113,7 @@ inline void add_products(Ints &sum, int32_t four, Ints w) {
 }
 #endif
 
-template <int B, int M>
-inline void dots(const Layer &a, int64_t tile, const uint8_t *x, Ints (*out)[M]) {
+template <int B, int M> inline void dots(const Layer &a, int64_t tile, const uint8_t *x, Ints (*out)[M]) {
     const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
     const int8_t *w = a.codes + tile * size;
     Ints sum[B][M];
@@ -145,17 +145,14 @@ template <> inline void dots<1, 1>(const Layer &a, int64_t tile, const uint8_t *
     out[0][0] = sum[0] + sum[1] + sum[2] + sum[3];
 }
 
-template <int B, int M> void add_beside(const Layer &a, int64_t tile, const float *x, Lanes (*value)[M]) {
-    Lanes sum[B][M] = {};
+template <int B, int M> inline void add_beside(const Layer &a, int64_t tile, const float *x, Lanes (*value)[M]) {
     const uint16_t *row = a.beside + tile * ROWS;
     for (int64_t n = 0; n < a.besides; ++n, row += a.tiles * ROWS) {
         Lanes w[B];
         UNROLL for (int b = 0; b < B; ++b) w[b] = lanes(row + b * ROWS);
         UNROLL for (int m = 0; m < M; ++m)
-            UNROLL for (int b = 0; b < B; ++b) sum[b][m] += w[b] * x[m * a.besides + n];
+            UNROLL for (int b = 0; b < B; ++b) value[b][m] += w[b] * x[m * a.besides + n];
     }
-    UNROLL for (int b = 0; b < B; ++b)
-        UNROLL for (int m = 0; m < M; ++m) value[b][m] += sum[b][m];
 }
 
 void add_odd(const Layer &a, int64_t tile, const std::vector<Odd> &odd, Lanes &value) {
@@ -196,11 +193,10 @@ void tiles_times(const Layer &a, int64_t tile, const Tokens &t, int64_t first, T
 
 template <int M, class T>
 void group_times(const Layer &a, int64_t tile, int64_t last, const Tokens &t, int64_t first, T *y) {
-    if (M == 1)
-        for (; tile < last; ++tile) tiles_times<1, M>(a, tile, t, first, y);
-    else if (last - tile == TILES) tiles_times<TILES, M>(a, tile, t, first, y);
-    else if (last - tile == 2) tiles_times<2, M>(a, tile, t, first, y);
-    else tiles_times<1, M>(a, tile, t, first, y);
+    for (; M == 1 && tile < last; ++tile) tiles_times<1, M>(a, tile, t, first, y);
+    if (last - tile == 3) tiles_times<3, M>(a, tile, t, first, y);
+    if (last - tile == 2) tiles_times<2, M>(a, tile, t, first, y);
+    if (last - tile == 1) tiles_times<1, M>(a, tile, t, first, y);
 }
 
 template <class T>
@@ -216,20 +212,17 @@ void tokens_times(const Layer &a, int64_t tile, int64_t last, const Tokens &t, i
 template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, int threads) {
     static thread_local Tokens own;
     Tokens &t = own;
-    const int64_t stride = a.quads * QUAD, groups = (a.tiles + TILES - 1) / TILES, most = std::min<int64_t>(count, CHUNK);
+    const int64_t stride = a.quads * QUAD, groups = (a.tiles + 2) / 3, most = std::min<int64_t>(count, CHUNK);
     if (int64_t(t.codes.size()) < most * stride) t.codes.resize(most * stride);
     if (int64_t(t.step.size()) < most) t.step.resize(most), t.odd.resize(most);
     if (int64_t(t.beside.size()) < most * a.besides) t.beside.resize(most * a.besides);
     for (int64_t first = 0; first < count; first += CHUNK, x += CHUNK * a.width, y += CHUNK * a.rows) {
         const int64_t now = std::min<int64_t>(CHUNK, count - first);
         auto prepare = [&](int64_t m) {
-            static thread_local std::vector<float> room;
-            t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride,
-                                  t.beside.data() + m * a.besides, t.odd[m], room);
+            float *beside = t.beside.data() + m * a.besides;
+            t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride, beside, t.odd[m]);
         };
-        auto multiply = [&](int64_t g) {
-            tokens_times(a, g * TILES, std::min(a.tiles, (g + 1) * TILES), t, now, y);
-        };
+        auto multiply = [&](int64_t g) { tokens_times(a, 3 * g, std::min(a.tiles, 3 * g + 3), t, now, y); };
         if (threads < 2) {
             for (int64_t m = 0; m < now; ++m) prepare(m);
             for (int64_t g = 0; g < groups; ++g) multiply(g);
@@ -248,7 +241,6 @@ template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, 
 }  // namespace
 
 extern "C" {
-
 // y (count, rows) of x (count, width), both float (half 0) or bfloat16 (half 1). `start`, `scale`, `bias` and the rows
 // of `beside` have 16 tiles entries. `limit` counts only without `columns`.
 void int8_linear(const Layer *a, const void *x, void *y, int64_t count, int half, int threads) {

@@ -64,6 +64,7 @@ class Cats(Technique):
 
     def thresholds(self, module: Any, parts: dict[str, Any], tokens: NDArray[np.int64]) -> dict[str, float]:
         """Feed-forward -> threshold of |act(gate x)| over `tokens` (rows, length), after its treated predecessors."""
+        from fivefold.engines._layers._gather import cut
         from fivefold.techniques._shared.activation_sparsity import threshold, wrapped
         from fivefold.techniques._shared.modules import forward
 
@@ -74,7 +75,7 @@ class Cats(Technique):
             name = names[id(mlp)]
             gate = mlp.act_fn(mlp.gate_proj(x))
             found[name] = threshold(gate.abs(), self.sparsity)
-            return mlp.down_proj(gate.masked_fill_(gate.abs() <= found[name], 0) * mlp.up_proj(x))
+            return mlp.down_proj(cut(gate, found[name]) * mlp.up_proj(x))
 
         with wrapped(parts.values(), lambda mlp, _: lambda x: treat(mlp, x)):
             forward(module, tokens)

@@ -82,8 +82,8 @@ class DejaVu(Technique):
         for name, (predictor, cut, _) in found.items():
             layers[name] = {"kind": "selected_ffn", "activation": kind, "threshold": cut, "rank": self.rank}
             tensors[name] = {
-                **neurons(parts[name]), "reduce": bfloat16(predictor.reduce), "expand": bfloat16(predictor.expand),
-                "offset": predictor.offset,
+                **neurons(parts[name]), "reduce": bfloat16(predictor.reduce),
+                "expand": bfloat16(predictor.expand, turn=True), "offset": predictor.offset,
             }
         mean = sum(score for *_, score in found.values()) / len(found)
         said = (f"deja_vu: {len(parts)} of {model.blueprint.layers} feed-forwards leave out {self.sparsity:g} of their"
@@ -94,6 +94,7 @@ class DejaVu(Technique):
         self, module: Any, parts: dict[str, Any], tokens: NDArray[np.int64]
     ) -> dict[str, tuple[Predictor, float, float]]:
         """Feed-forward -> its predictor, the threshold of its scores, and its recall, over `tokens` (rows, length)."""
+        from fivefold.engines._layers._gather import without
         from fivefold.techniques._shared.activation_sparsity import threshold, wrapped
         from fivefold.techniques._shared.modules import forward
         from fivefold.techniques._shared.neuron_predictor import fit, largest, recall, sizes
@@ -111,7 +112,7 @@ class DejaVu(Technique):
             cut = threshold(scores, self.sparsity) if self.sparsity else -1e29
             chosen = scores > cut
             found[name] = predictor, cut, recall(chosen, largest(size, 1 - self.sparsity))
-            return mlp.down_proj(hidden.masked_fill_(~chosen.view_as(hidden), 0))
+            return mlp.down_proj(without(hidden, ~chosen.view_as(hidden)))
 
         with wrapped(parts.values(), lambda mlp, _: lambda x: treat(mlp, x)):
             forward(module, tokens)

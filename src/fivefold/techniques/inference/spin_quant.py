@@ -52,8 +52,8 @@ class SpinQuant(Technique):
     tokens: Annotated[int, Range(64, 65_536, log=True), Fixed()] = 1024
     """Tokens per step, in sequences of 256."""
     rate: Annotated[float, Range(1e-5, 1.0, log=True), Fixed()] = 3e-4
-    """Peak angle of a step of the stream, in radians (root mean square); heads turn ten times as far. Far larger ones only
-    draw the rounding errors anew."""
+    """Peak angle of a step of the stream, in radians (root mean square); heads turn ten times as far. Far larger ones
+    only draw the rounding errors anew."""
     seed: Annotated[int, Range(0, 1 << 30), Fixed()] = 0
     """Of the start and of the order of the text."""
 
