@@ -7,8 +7,9 @@ divided by it, the step of a block and what an error in it costs become
 
 with m_j^2 the mean square of the column (rows weighed by what their errors cost) and d_j what an error in column j
 costs once the columns after it make up for it (the conditional variance of H, see `feedback`). For one matrix each
-block has its closed form, s_j^2 = sqrt(d_j) / m_j. Where several matrices read the same input, or query heads share values, the
-scales are shared and the losses add up; in log s the sum is convex (a posynomial), so its minimum is the only one.
+block has its closed form, s_j^2 = sqrt(d_j) / m_j. Where several matrices read the same input, or query heads share
+values, the scales are shared and the losses add up; in log s the sum is convex (a posynomial), so its minimum is the
+only one.
 
 Sources: Nagel et al., Data-Free Quantization, arXiv 1906.04721 (equalization); Lin et al., AWQ, arXiv 2306.00978.
 """
