@@ -9,8 +9,9 @@ from first to last, each seeing the inputs its treated predecessors give.
     weights kept = r (m + n) / (m n) = 1 - ratio,   r the same share of every layer
 
 Lowers memory, file and arithmetic in the torch engine; each layer becomes two calls, so a small model on a CPU gains
-less time than bytes. No format of llama.cpp holds two factors, so this does not go into a GGUF file. At equal bytes
-quantization loses far less: even 8 bits save more than the rank can.
+less time than bytes. No format of llama.cpp holds two factors, so this does not go into a GGUF file. On SmolLM2-135M
+10 % of all parameters removed this way cost a KL of 1.6 (13.5 when the inputs are not weighed), far more than pruning
+as many channels: small models are nearly of full rank.
 
 Sources: SVD-LLM (Wang et al., arXiv 2403.07378); ASVD (Yuan et al., arXiv 2312.05821).
 """

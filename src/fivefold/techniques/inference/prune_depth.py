@@ -10,7 +10,9 @@ smaller model: memory, time, energy, file and cache fall in proportion to the la
 embedding and the head stay, so in small models with large vocabularies the saving is less than the share of layers.
 
 It is a coarse cut: a few layers of a deep model cost little, but models under a billion parameters have few to spare,
-and need `repair` after it. Influences are taken on the whole model; removing one layer changes those of the others.
+and need `repair` after it: of the 30 of SmolLM2-135M four cost a KL of 0.60 and eight 2.7, more than as many parameters
+as feed-forward channels (`prune_width`: 0.41 and 1.2). Influences are taken on the whole model; removing one layer
+changes those of the others.
 
 Source: Men et al., ShortGPT, arXiv 2403.03853.
 """

@@ -11,8 +11,9 @@ mean square of the first-order change of the loss, h dL/dh ("taylor"), or of wha
 ("activation"). The kept channels are rounded to a multiple of 32, the block of GGUF rows.
 
 The embedding, the head and the residual width stay: a small model with a large vocabulary shrinks less than its layers.
-Nothing makes up for the loss here; `repair` after it does. Removing key-value groups of a model that has only a few of
-them costs much more quality per parameter than channels do.
+Nothing makes up for the loss here; `repair` after it does. On SmolLM2-135M, 9.9 % of all parameters as channels cost a
+KL of 0.41 by taylor and 0.47 by activation, 19.7 % 1.19 and 1.04: to first order is far from true for a third of the
+channels at once. One of its three key-value heads and a few channels, 10.3 %, cost 0.85.
 
 Sources: LLM-Pruner (Ma et al., arXiv 2305.11627); Minitron (Muralidharan et al., arXiv 2407.14679) for activations.
 """

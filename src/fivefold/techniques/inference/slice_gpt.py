@@ -10,8 +10,9 @@ dense matrix to every residual connection, an operation no file format here know
 
 The last norm's gain is folded into the head, so a head shared with the embedding becomes a matrix of its own: that
 costs vocabulary x width parameters, and a small model with a large vocabulary may weigh *more* after a thin slice. The
-time per token falls all the same, as an embedding is only looked up. Small models use all of their width, and lose
-much; `repair` afterwards recovers part.
+time per token falls all the same, as an embedding is only looked up. Small models use all of their width: on
+SmolLM2-135M a tenth of the width removed cost a KL of 0.68 while the file grew by 8 %, and 28 %, for a file 13 %
+smaller, 2.0 (`prune_width` at 10 %: 0.41). Of models without a tied head the whole of the slice is saved.
 
 Source: SliceGPT (Ashkboos et al., arXiv 2401.15024).
 """
