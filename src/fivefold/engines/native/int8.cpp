@@ -48,10 +48,6 @@ uint32_t bits_of(float value) { uint32_t bits; std::memcpy(&bits, &value, 4); re
 float of_bits(uint32_t bits) { float value; std::memcpy(&value, &bits, 4); return value; }
 inline float wide(float value) { return value; }
 inline float wide(uint16_t bits) { return of_bits(uint32_t(bits) << 16); }
-inline uint16_t narrow(float value) {
-    const uint32_t bits = bits_of(value);
-    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
 
 // Largest |x| as bits: an order that also holds for infinite and NaN, which -ffast-math would lose.
 template <class T> uint32_t largest(const T *x, int64_t width) {
@@ -61,10 +57,7 @@ template <class T> uint32_t largest(const T *x, int64_t width) {
 }
 
 template <class T> float rounded(const T *x, int64_t width, uint8_t *out, uint32_t top) {
-    if (top >= INFINITE) {
-        std::memset(out, 128, width);
-        return of_bits(INFINITE | 1u << 22);
-    }
+    if (top >= INFINITE) return std::memset(out, 128, width), of_bits(INFINITE | 1u << 22);
     const float step = of_bits(top) / 127, inverse = step > 1e-37f ? 1 / step : 0;
     for (int64_t j = 0; j < width; ++j) out[j] = uint8_t(int32_t(std::nearbyintf(wide(x[j]) * inverse)) + 128);
     return step;
@@ -80,10 +73,7 @@ float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::ve
     if (!a.besides && !(top < INFINITE && of_bits(top) > a.limit)) return rounded(x, a.width, out, top);
     room.resize(a.width);
     for (int64_t j = 0; j < a.width; ++j) room[j] = wide(x[j]);
-    for (int64_t n = 0; n < a.besides; ++n) {
-        beside[n] = room[a.columns[n]];
-        room[a.columns[n]] = 0;
-    }
+    for (int64_t n = 0; n < a.besides; ++n) beside[n] = room[a.columns[n]], room[a.columns[n]] = 0;
     if (!a.besides)
         for (int64_t j = 0; j < a.width; ++j)
             if (std::fabs(room[j]) > a.limit) odd.push_back({int32_t(j), room[j]}), room[j] = 0;
@@ -113,10 +103,9 @@ inline void add_products(Ints &sum, int32_t four, Ints w) {
 }
 #endif
 
-template <int B, int M> inline void dots(const Layer &a, int64_t tile, const uint8_t *x, Ints (*out)[M]) {
+template <int B, int M> inline void dots(const Layer &a, int64_t tile, const uint8_t *x, Ints (*sum)[M]) {
     const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
     const int8_t *w = a.codes + tile * size;
-    Ints sum[B][M];
     UNROLL for (int b = 0; b < B; ++b)
         UNROLL for (int m = 0; m < M; ++m) sum[b][m] = load<Ints>(a.start + (tile + b) * ROWS);
     for (const uint8_t *end = x + stride; x < end; x += QUAD, w += VECTOR) {
@@ -127,8 +116,6 @@ template <int B, int M> inline void dots(const Layer &a, int64_t tile, const uin
             UNROLL for (int b = 0; b < B; ++b) add_products(sum[b][m], four, q[b]);
         }
     }
-    UNROLL for (int b = 0; b < B; ++b)
-        UNROLL for (int m = 0; m < M; ++m) out[b][m] = sum[b][m];
 }
 
 // One token: a tile is one stream, four sums along it.
@@ -167,7 +154,10 @@ void add_odd(const Layer &a, int64_t tile, const std::vector<Odd> &odd, Lanes &v
 inline void put(float *y, const Lanes &value, int64_t count) { std::memcpy(y, &value, count * 4); }
 inline void put(uint16_t *y, const Lanes &value, int64_t count) {
     uint16_t half[ROWS];
-    for (int i = 0; i < ROWS; ++i) half[i] = narrow(value[i]);
+    for (int i = 0; i < ROWS; ++i) {
+        const uint32_t bits = bits_of(value[i]);
+        half[i] = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    }
     std::memcpy(y, half, count * 2);
 }
 
@@ -209,33 +199,43 @@ void tokens_times(const Layer &a, int64_t tile, int64_t last, const Tokens &t, i
     if (count - first == 1) group_times<1>(a, tile, last, t, first, y);
 }
 
-template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, int threads) {
-    static thread_local Tokens own;
-    Tokens &t = own;
-    const int64_t stride = a.quads * QUAD, groups = (a.tiles + 2) / 3, most = std::min<int64_t>(count, CHUNK);
-    if (int64_t(t.codes.size()) < most * stride) t.codes.resize(most * stride);
-    if (int64_t(t.step.size()) < most) t.step.resize(most), t.odd.resize(most);
-    if (int64_t(t.beside.size()) < most * a.besides) t.beside.resize(most * a.besides);
-    for (int64_t first = 0; first < count; first += CHUNK, x += CHUNK * a.width, y += CHUNK * a.rows) {
-        const int64_t now = std::min<int64_t>(CHUNK, count - first);
-        auto prepare = [&](int64_t m) {
-            float *beside = t.beside.data() + m * a.besides;
-            t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride, beside, t.odd[m]);
-        };
-        auto multiply = [&](int64_t g) { tokens_times(a, 3 * g, std::min(a.tiles, 3 * g + 3), t, now, y); };
-        if (threads < 2) {
-            for (int64_t m = 0; m < now; ++m) prepare(m);
-            for (int64_t g = 0; g < groups; ++g) multiply(g);
-            continue;
-        }
-#pragma omp parallel num_threads(threads)
-        {
-#pragma omp for schedule(static)
-            for (int64_t m = 0; m < now; ++m) prepare(m);
-#pragma omp for schedule(static)
-            for (int64_t g = 0; g < groups; ++g) multiply(g);
-        }
+// Codes of `count` tokens, in room of this thread's own.
+template <class T> Tokens &prepared(const Layer &a, const T *x, int64_t count) {
+    static thread_local Tokens t;
+    const int64_t stride = a.quads * QUAD;
+    if (int64_t(t.codes.size()) < count * stride) t.codes.resize(count * stride);
+    if (int64_t(t.beside.size()) < count * a.besides) t.beside.resize(count * a.besides);
+    if (int64_t(t.step.size()) < count) t.step.resize(count), t.odd.resize(count);
+    for (int64_t m = 0; m < count; ++m) {
+        float *beside = t.beside.data() + m * a.besides;
+        t.step[m] = quantized(a, x + m * a.width, t.codes.data() + m * stride, beside, t.odd[m]);
     }
+    return t;
+}
+
+template <class T> void alone(const Layer &a, const T *x, T *y, int64_t count) {
+    for (int64_t first = 0; first < count; first += CHUNK) {
+        const int64_t now = std::min<int64_t>(CHUNK, count - first);
+        const Tokens &t = prepared(a, x + first * a.width, now);
+        for (int64_t tile = 0; tile < a.tiles; tile += 3)
+            tokens_times(a, tile, std::min(a.tiles, tile + 3), t, now, y + first * a.rows);
+    }
+}
+
+// Many tokens are shared out among the threads, of few tokens the tiles: threads meet once, at the end.
+template <class T> void linear(const Layer &a, const T *x, T *y, int64_t count, int threads) {
+    if (threads < 2) return alone(a, x, y, count);
+    if (count < TOKENS * threads) {
+        const Tokens &t = prepared(a, x, count);
+#pragma omp parallel for schedule(static) num_threads(threads)
+        for (int64_t tile = 0; tile < a.tiles; tile += 3)
+            tokens_times(a, tile, std::min(a.tiles, tile + 3), t, count, y);
+        return;
+    }
+    const int64_t share = (count + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t first = 0; first < count; first += share)
+        alone(a, x + first * a.width, y + first * a.rows, std::min(share, count - first));
 }
 
 }  // namespace

@@ -63,6 +63,10 @@ class SmoothQuant(Technique):
 
         linear_shapes(model, str(self))
 
+    def effort(self, model: Model) -> float:
+        """Every layer runs a second time to be looked at, and alphas are tried on a sample."""
+        return 2.0 * model.blueprint.parameters * (512 * self.windows + (256 * TRIED if self.spread else 0))
+
     def apply(self, model: Model) -> Model:
         import shutil
 
