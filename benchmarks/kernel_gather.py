@@ -73,10 +73,10 @@ def feed_forwards(width: int, ffn: int, x: Tensor, way: str, shares: Sequence[fl
     sizes = {"torch": 3 * third}
 
     def thresholded(share: float) -> nn.Module:
-        cut = quantile(x.abs(), share)
-        gates, ups = (x.float().masked_fill(x.abs() <= cut, 0) @ random(ffn, width).float().T for _ in range(2))
+        cut, both = quantile(x.abs(), share), random(2 * ffn, width)
+        gates, ups = (x.float().masked_fill(x.abs() <= cut, 0) @ both.float().T).split(ffn, 1)
         down = quantile((act(gates) * ups).abs(), share)
-        return ThresholdedFeedForward(random(width, 2 * ffn), random(ffn, width), act, "silu", cut, down)
+        return ThresholdedFeedForward(both.T.contiguous(), random(ffn, width), act, "silu", cut, down)
 
     def selected(share: float) -> nn.Module:
         found = {"gate": gate.clone(), "up": random(ffn, width), "down": random(ffn, width)}
@@ -105,6 +105,13 @@ def per_call(layers: Sequence[Callable[[Tensor], Tensor]], x: Tensor) -> float:
     return statistics.median(times)
 
 
+def skipped(layers: Sequence[Any]) -> float:
+    """The share that the layers really skipped since they were made."""
+    kept = sum(layer.kept if isinstance(layer.kept, int) else sum(layer.kept) for layer in layers)
+    whole = [1 if isinstance(layer.kept, int) else layer.width + layer.ffn for layer in layers]
+    return 1 - kept / sum(layer.seen * size for layer, size in zip(layers, whole, strict=True))
+
+
 def measured(
     what: str, made: tuple[Kinds, dict[str, float]], x: Tensor, rounds: int, bandwidth: float
 ) -> list[list[str]]:
@@ -120,6 +127,8 @@ def measured(
                     times[name].append(took)
     rows = []
     for name in kinds:
+        if name != "torch":
+            assert abs(skipped(layers[name]) - (0 if name == "dense" else float(name))) < 0.02, f"{what} {name}"
         ours = statistics.median(times[name])
         over = [
             interval(Quantity.median_of([a / b for a, b in zip(times[base], times[name], strict=True)], "x"))

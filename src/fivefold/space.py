@@ -129,18 +129,21 @@ def _dimension(f: Any, hint: Any, help_text: str) -> Dimension:
 
 
 def field_help(technique: type) -> dict[str, str]:
-    """Field name -> the string literal written under it in the class body."""
+    """Field name -> the string literal written under it in the body of the class, or of one it inherits from."""
+    found: dict[str, str] = {}
+    for one in reversed(technique.__mro__[:-1]):
+        found |= _written_help(one)
+    return found
+
+
+def _written_help(one: type) -> dict[str, str]:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(technique)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(one)))
     except (OSError, TypeError):
         return {}
     body = typing.cast(ast.ClassDef, tree.body[0]).body
-    found = {}
-    for here, after in itertools.pairwise(body):
-        if (
-            isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name)
-            and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            and isinstance(after.value.value, str)
-        ):
-            found[here.target.id] = " ".join(after.value.value.split())
-    return found
+    return {
+        here.target.id: " ".join(after.value.value.split()) for here, after in itertools.pairwise(body)
+        if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name)
+        and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str)
+    }

@@ -31,7 +31,7 @@ from fivefold.model import Model, model_from_json, model_to_json
 from fivefold.quantity import Quantity
 from fivefold.recipe import Recipe, Technique
 
-_SHARED = ("techniques/_shared", "training", "export")
+_SHARED = ("techniques/_shared", "training", "export", "engines/_layers")
 _LIBRARIES = ("fivefold", "torch", "transformers", "peft", "gguf", "numpy", "xllamacpp")
 
 

@@ -74,20 +74,20 @@ def test_it_loses_less_than_rounding_and_each_sweep_less_again(bits, symmetric):
 
 def test_on_tiny_rows_it_lies_between_rounding_and_the_best_of_all_codes():
     columns, bits = 6, 2
-    weight, hessian = torch.randn(40, columns, generator=torch.Generator().manual_seed(3)), correlated(columns, 1)
+    weight, hessian = torch.randn(400, columns, generator=torch.Generator().manual_seed(3)), correlated(columns, 1)
     grid = Grid(bits=bits, group=0, symmetric=False)
     nearest, passed = (solve(weight, h, grid, how="range") for h in (torch.diag(hessian.diagonal()), hessian))
     assert torch.equal(nearest.scale, passed.scale)
     every = torch.tensor(list(itertools.product(range(4), repeat=columns)), dtype=torch.float64)
     metric = hessian.double() + DAMP * hessian.diagonal().mean() * torch.eye(columns)
-    best = torch.empty(40, dtype=torch.float64)
-    for i in range(40):
+    best = torch.empty(400, dtype=torch.float64)
+    for i in range(400):
         errors = every * passed.scale[i].double() + passed.offset[i].double() - weight[i].double()
         best[i] = ((errors @ metric) * errors).sum(1).min()
     mine, plain = lost(passed, weight, hessian), lost(nearest, weight, hessian)
     assert (mine >= best - 1e-9).all()
     assert best.sum() < mine.sum() < 0.9 * plain.sum()
-    assert mine.sum() - best.sum() < 0.6 * (plain.sum() - best.sum())
+    assert mine.sum() - best.sum() < 0.75 * (plain.sum() - best.sum())
 
 
 @pytest.mark.parametrize("order", ["columns", "activation"])

@@ -28,8 +28,8 @@ def test_no_group_ends_worse_than_rounding_and_most_end_better(bits):
     start = objective(round_to(weight, Grid(bits=bits, group=32, symmetric=False)).matrix(), weight, 32, 0.7)
     end = objective(Hqq(bits=bits).solve(weight).matrix(), weight, 32, 0.7)
     assert (end <= start * (1 + 1e-5)).all()
-    assert (end < 0.99 * start).double().mean() > 0.4
-    assert end.sum() < 0.97 * start.sum()
+    assert (end < 0.99 * start).double().mean() > 0.3
+    assert end.sum() < 0.98 * start.sum()
 
 
 def test_more_rounds_never_raise_the_objective():

@@ -25,8 +25,10 @@ def brute_force(weight: np.ndarray, bits: int, group: int, symmetric: bool) -> n
             extreme = one[np.abs(one).argmax()]
             points = np.float32(np.float16(-extreme / 2 ** (bits - 1))) * (np.arange(2**bits) - 2 ** (bits - 1))
         else:
-            step = np.float32(np.float16((one.max() - one.min()) / (2**bits - 1)))
-            points = step * np.arange(2**bits) + np.float32(np.float16(one.min()))
+            low, high = min(one.min(), 0), max(one.max(), 0)
+            step = np.float32(np.float16((high - low) / (2**bits - 1)))
+            zero = round(float(-low / step))
+            points = step * np.arange(2**bits) + np.float32(np.float16(-zero * step))
         out[i, cells] = [min(points, key=lambda p: abs(p - w)) for w in one]
     return out
 

@@ -7,8 +7,9 @@ exact value. Bytes of a feed-forward fall by 2/3 of the sparsity: the gate is al
 untouched. A kernel of our own does it (`engines/native/gather.cpp`).
 
 It pays when one token at a time is decoded and reading weights is the time, like `teal`, which also treats attention.
-Prompts and scored texts are computed by the same function densely, with the zeros put in, and gain nothing. Only gated
-feed-forwards without biases have a gate to ask. Their weights become bfloat16; all others stay as they are.
+Prompts and scored texts are computed by the same function densely, with the zeros put in, and gain nothing; only their
+first token, to which nearly all others attend, keeps all neurons. Only gated feed-forwards without biases have a gate
+to ask. Their weights become bfloat16; all others stay as they are.
 
 Source: Lee et al., CATS: Contextually-Aware Thresholding for Sparsity in Large Language Models, arXiv 2404.08763.
 """

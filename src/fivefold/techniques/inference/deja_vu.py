@@ -12,7 +12,7 @@ width of 576 with 1536 neurons that is 2.5 % of the feed-forward. Attention is u
 which matters at long contexts, and runs its predictor one layer ahead, which a CPU that waits for memory does not gain
 from). A wrong guess costs quality that `cats` and `teal`, which look at the true values, do not lose; the paper's
 models used ReLU and were sparse by themselves, those with smooth gates are less so. Prompts and scored texts are
-computed by the same function densely and gain nothing.
+computed by the same function densely and gain nothing; only their first token keeps all neurons.
 
 Source: Liu et al., Deja Vu: Contextual Sparsity for Efficient LLMs at Inference Time, arXiv 2310.17157.
 """

@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from fivefold.model import Model, Trait
-from fivefold.recipe import Technique
-from fivefold.space import Fixed, Range, Search
-from fivefold.techniques._shared.targets import Breaks, Target
+from fivefold.model import Model
+from fivefold.space import Fixed, Range
+from fivefold.techniques._shared.rounding import Rounding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,23 +32,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
-    breaks = Breaks()
-    lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
-    may_raise = ("compute",)
-    perturbation = 5.0
-
-    bits: Literal[2, 3, 4, 8] = 4
-    """Bits per code."""
-    group: Annotated[Literal[32, 64, 128, 0], Search(32, 64)] = 32
-    """Neighbouring weights that share a scale; 0 is the whole row."""
+class Gptq(Rounding):
     symmetric: bool = False
     """No offset: zero is a value of the grid, and a group costs 16 bits less."""
-    into: Literal["torch", "gguf"] = "torch"
-    """The engine that will run the codes: torch with a kernel of its own, or llama.cpp (4 and 8 bits, groups of 32)."""
-    head: Literal["keep", "int8"] = "keep"
-    """The token embedding and the output head: as they are (f16 in gguf), or in 8 bits."""
     order: Annotated[Literal["columns", "activation"], Fixed()] = "columns"
     """The order columns are rounded in: as they lie, or those with the largest inputs first."""
     scales: Annotated[Literal["range", "fit"], Fixed()] = "fit"
@@ -61,15 +46,6 @@ class Gptq(Technique):
     windows: Annotated[int, Range(1, 4096), Fixed()] = 16
     """Calibration windows of 512 tokens."""
 
-    def check(self, model: Model) -> None:
-        Target(self).check(model)
-
-    def plan(self, model: Model) -> Model:
-        return Target(self).plan(model)
-
-    def effort_once(self, model: Model) -> float:
-        return 0.0
-
     def effort(self, model: Model) -> float:
         return model.blueprint.parameters * (6.0 * self.windows * 512 + 40_000.0)
 
@@ -79,7 +55,7 @@ class Gptq(Technique):
         from fivefold.techniques._shared.calibration import windows
         from fivefold.training.module import load_module, stored_name
 
-        target = Target(self)
+        target = self.target
         shapes = target.check(model)
         tokens = windows(model, self.windows)
         module = load_module(model, torch.float32)
@@ -95,7 +71,7 @@ class Gptq(Technique):
         from fivefold.techniques._shared.modules import linears, matrix
         from fivefold.techniques._shared.streaming import stages
 
-        parts, grid = dict(linears(module)), Target(self).grid
+        parts, grid = dict(linears(module)), self.target.grid
         for stage in stages(module, tokens):
             for names in stage.shared(parts):
                 hessian = stage.hessian(parts[names[0]])

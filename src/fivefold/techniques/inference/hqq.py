@@ -18,12 +18,11 @@ Source: Badri, Shaji, Half-Quadratic Quantization of Large Machine Learning Mode
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
-from fivefold.model import Model, Trait
-from fivefold.recipe import Technique
-from fivefold.space import Fixed, Range, Search
-from fivefold.techniques._shared.targets import Breaks, Target
+from fivefold.model import Model
+from fivefold.space import Fixed, Range
+from fivefold.techniques._shared.rounding import Rounding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,35 +33,12 @@ BETA, GROWTH = 10.0, 1.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hqq(Technique):
-    needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
-    breaks = Breaks()
-    lowers = {"memory": "direct", "network": "direct", "compute": "indirect", "energy": "indirect", "money": "indirect"}
-    may_raise = ("compute",)
-    perturbation = 5.0
-
-    bits: Literal[2, 3, 4, 8] = 4
-    """Bits per code."""
-    group: Annotated[Literal[32, 64, 128, 0], Search(32, 64)] = 32
-    """Neighbouring weights that share a scale and an offset; 0 is the whole row."""
-    into: Literal["torch", "gguf"] = "torch"
-    """The engine that will run the codes: torch with a kernel of its own, or llama.cpp (4 bits, groups of 32)."""
-    head: Literal["keep", "int8"] = "keep"
-    """The token embedding and the output head: as they are (f16 in gguf), or in 8 bits."""
+class Hqq(Rounding):
     norm: Annotated[float, Range(0.1, 1.0), Fixed()] = 0.7
     """The power p of the errors."""
     rounds: Annotated[int, Range(1, 1000), Fixed()] = 20
     """How often e and z take turns."""
     symmetric = False
-
-    def check(self, model: Model) -> None:
-        Target(self).check(model)
-
-    def plan(self, model: Model) -> Model:
-        return Target(self).plan(model)
-
-    def effort_once(self, model: Model) -> float:
-        return 0.0
 
     def effort(self, model: Model) -> float:
         return 5_000.0 * model.blueprint.parameters
@@ -70,7 +46,7 @@ class Hqq(Technique):
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.targets import matrices_of
 
-        target = Target(self)
+        target = self.target
         shapes = target.check(model)
         solved = ((name, self.solve(weight)) for name, weight in matrices_of(model, shapes))
         return target.write(model, "hqq", solved).covered(f"hqq: {target.said(len(shapes), len(shapes))}")
@@ -81,7 +57,7 @@ class Hqq(Technique):
 
         from fivefold.techniques._shared.grids import Codes, half, nearest, scales
 
-        grid = Target(self).grid
+        grid = self.target.grid
         rows, columns = weight.shape
         cells = weight.float().reshape(rows, -1, grid.size(columns))
         scale, offset = scales(cells, grid)

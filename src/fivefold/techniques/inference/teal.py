@@ -51,6 +51,12 @@ class Teal(Technique):
         linear_count(model, str(self))
         compiled(str(self))
 
+    def effort(self, model: Model) -> float:
+        if self.allocation == "uniform":
+            return 0.0
+        b = model.blueprint
+        return (4 + 80 * self.sparsity) * 512 * 2.0 * (b.matrix_parameters - b.vocab * b.width)
+
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.activation_sparsity import bfloat16, computes_as_named, stored
         from fivefold.techniques._shared.calibration import windows

@@ -3,8 +3,8 @@
 Output i of a linear layer is sum_j W_ij x_j, so removing W_ij costs about |W_ij| ||x_j|| with ||x_j|| the root mean
 square of input j on calibration text. In every row the smallest of these go: a fraction `sparsity`, or two of every
 four neighbours (2:4, the pattern sparse tensor cores compute at twice the rate). No weight is updated; layers are
-pruned in the order in which they compute, each seeing the inputs its pruned predecessors really give. `magnitude` is
-the same without ||x_j||, and is fooled by the few columns whose inputs are a hundred times larger than the rest.
+pruned from the first to the last, each seeing the inputs its pruned predecessors really give. `magnitude` is the same
+without ||x_j||, and is fooled by the few columns whose inputs are many times larger than the rest.
 
 A zero still occupies its bits and its multiplication: by itself this makes no file smaller and no dense engine
 faster. It pays with `sparse_storage` after it, and as damage that `repair` can heal. Small models tolerate little: half
@@ -66,21 +66,43 @@ class Wanda(Technique):
         return pruned_model(model, "wanda", module, parts)
 
     def prune(self, module: Any, tokens: NDArray[np.int64]) -> dict[str, Any]:
-        """Zero weights of `module` in place, in passing over `tokens` (rows, length); name -> pruned linear layer."""
-        from fivefold.techniques._shared.modules import matrix
+        """Zero weights of `module` in place, in passing over `tokens` (rows, length); name -> pruned linear layer.
+
+        Before a decoder layer runs, a trial run of it collects the norms its own inputs give; it is pruned, then runs.
+        """
+        from fivefold.techniques._shared.importance import collecting
+        from fivefold.techniques._shared.modules import forward, layers, linears
         from fivefold.techniques._shared.outliers import outlier_weighed
-        from fivefold.techniques._shared.passing import column_norms, treat_in_passing
-        from fivefold.techniques._shared.zeros import smallest_in_rows, smallest_of_groups
 
         shares = outlier_weighed(module, tokens, self.sparsity) if self.allocation == "owl" else {}
+        parts = dict(linears(module))
+        pruned: dict[str, Any] = {}
 
-        def treat(name: str, part: Any, inputs: torch.Tensor) -> None:
-            weight = matrix(part)
-            scores = weight.abs().float() * column_norms(inputs)
-            if self.pattern == "row":
-                gone = smallest_in_rows(scores, int(weight.shape[1] * shares.get(name, self.sparsity)))
-            else:
-                gone = smallest_of_groups(scores, self.pattern)
-            weight.masked_fill_(gone, 0)
+        def before(layer: Any, args: Any, kwargs: Any) -> None:
+            inside = {id(part) for part in layer.modules()}
+            own = {name: part for name, part in parts.items() if id(part) in inside}
+            with collecting(own) as squares:
+                layer.forward(*args, **kwargs)
+            for name in squares.sums:
+                self._cut(own[name], squares.mean(name).sqrt().float(), shares.get(name, self.sparsity))
+                pruned[name] = own[name]
 
-        return treat_in_passing(module, tokens, treat)
+        handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in layers(module)]
+        try:
+            forward(module, tokens)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return pruned
+
+    def _cut(self, part: Any, norms: torch.Tensor, share: float) -> None:
+        from fivefold.techniques._shared.modules import matrix
+        from fivefold.techniques._shared.zeros import smallest_in_rows, smallest_of_groups
+
+        weight = matrix(part)
+        scores = weight.abs().float() * norms
+        if self.pattern == "row":
+            gone = smallest_in_rows(scores, int(weight.shape[1] * share))
+        else:
+            gone = smallest_of_groups(scores, self.pattern)
+        weight.masked_fill_(gone, 0)
