@@ -1,6 +1,6 @@
 """One front: the searched combination of techniques against the best single one, at equal bytes; and what order does.
 
-    python benchmarks/one_front.py [--sizes 78,92,105] [--windows 8] [--steps 120] [--no-orders]
+    python benchmarks/one_front.py [--sizes 78,92,105] [--windows 8] [--steps 120] [--orders ""]
 
 Model, text and engine as in quantization.py: SmolLM2-135M (the off-grid parent), GGUF files run by llama.cpp, KL to
 the parent in F32. At each size every recipe below is built for that size; the best single technique and the best
@@ -48,6 +48,9 @@ SINGLES = {
 COMBINATIONS = {
     "quarot + mixed": f"quarot(residual=False) + {MIXED}",
     "awq + mixed": f"awq + {MIXED}",
+    "equalize + mixed, feedback": "equalize + mixed_precision(bits={bits:.5f}, windows=128)",
+    "equalize + mixed": f"equalize + {MIXED}",
+    "equalize + mixed + repair": f"equalize + {MIXED} + repair(steps={{steps}})",
     "mixed + repair": f"{MIXED} + repair(steps={{steps}})",
     "awq + mixed + repair": f"awq + {MIXED} + repair(steps={{steps}})",
 }

@@ -5,11 +5,9 @@
 
 Scales and offsets are half precision, as every engine here stores them, and codes are rounded against the *stored*
 ones. "range" takes them from the extremes of the group and zero, which is then one of the values: the error is at most
-s / 2, and small weights, the most frequent, lose least (on SmolLM2-135M at 4 bits in groups of 64 a KL of 0.75, where
-the extremes alone on codes 0 and 15 gave 0.93). "fit" minimises sum_j c_j (w_j - w'_j)^2 instead, c_j the weight of
-column j: ranges with either or both ends drawn in are tried, scale and offset fitted to the codes by least squares
-twice, and the best is kept: within 1 % of a fine search of both ends, on weights of SmolLM2 and on heavy-tailed ones.
-An outlier may then be clipped for the sake of all.
+s / 2, and small weights, the most frequent, lose least. "fit" minimises sum_j c_j (w_j - w'_j)^2 instead, c_j the
+weight of column j: ranges with either or both ends drawn in are tried, scale and offset fitted to the codes by least
+squares twice, and the best is kept. An outlier may then be clipped for the sake of all.
 
 Source: the same search, without the weights, is in GPTQ's code (Frantar et al., arXiv 2210.17323) and in ggml.
 """

@@ -9,10 +9,8 @@ fit is ridge regression on x of the roots minus their means, cut to `rank` where
 with V the first `rank` right singular vectors of L^T C, L L^T = X^T X + lambda I. No step is drawn at random: same
 tokens, same predictor.
 
-Deja Vu trains such a predictor on yes-or-no labels with the logistic loss. In the middle layer of SmolLM2-135M (40 % of
-the neurons left out, rank 64, four passes of Adam, other text than the predictor's) that lost 0.156 of the squared
-output where the roots lose 0.101, at about the same recall (0.71 and 0.70; chance 0.6): labels do not tell a
-neuron that matters a little from one that matters much.
+Deja Vu trains such a predictor on yes-or-no labels with the logistic loss. Labels do not tell a neuron that matters a
+little from one that matters much; the roots do.
 
 Source: Liu et al., Deja Vu, arXiv 2310.17157, for the predictor; Izenman (1975) for reduced-rank regression.
 """

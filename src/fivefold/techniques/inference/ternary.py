@@ -9,11 +9,10 @@ best on held-out windows is kept, so training cannot leave the model worse on th
 
 A weight takes 2 bits and its share of a 16-bit scale: a quarter of int8, a sixteenth of float32. Lowers memory, file
 and time per token, which is the time to read the weights; embedding and head stay (or go to 8 bits), and in a small
-model with a large vocabulary they are then most of the file. A token of SmolLM2-135M, one thread, took 0.41 times the
-time of float32 weights and 0.30 with the head in 8 bits (int8: 0.56 and 0.43), a prompt of 256 up to 1.5 times as long,
-since the matrices are turned back for it. Published models of this kind were trained on up to
-trillions of tokens; a few hundred thousand leave a model of under a billion parameters far from its parent, and the
-coverage line says how far. `steps=0` is the rounding alone.
+model with a large vocabulary they are then most of the file. A long prompt takes longer than with float weights, since
+the matrices are turned back for it. Published models of this kind were trained on up to trillions of tokens; a few
+hundred thousand leave a model of under a billion parameters far from its parent, and the coverage line says how far.
+`steps=0` is the rounding alone.
 
 For llama.cpp (`store="tq2_0"` or "tq1_0") rows must be a multiple of 256; `rest` names the type of those that are not.
 
