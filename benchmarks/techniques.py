@@ -6,13 +6,15 @@
 engine, or as llama.cpp's F16, whichever the technique is served by. Both are built, then measured in turn under the
 chat workload, each in a fresh process; ratios are with / without, medians over rounds. KL and agreement are against the
 parent in float32 on 2,048 held-out tokens. What a paper reports for its own models and machines stands beside it: a
-record that does not reach it is a result. Each technique is built in a process of its own: `to make` is its time and
-that process's peak memory. Killed, the same command goes on.
+record that does not reach it is a result. Agreement and KL also go to src/fivefold/study/records.json, from which the
+search takes its first guess of what a technique costs in quality. Each technique is built in a process of its own:
+`to make` is its time and that process's peak memory. Killed, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import subprocess
 import sys
@@ -22,9 +24,11 @@ from typing import Any
 
 from _common import interval, number, publish, table
 
+import fivefold.study
 from fivefold import bundled
 from fivefold.engines import open_session
 from fivefold.errors import FivefoldError
+from fivefold.files import write_text
 from fivefold.machine import Machine
 from fivefold.meters.interleaved import Interleaved, Job
 from fivefold.meters.memory import PeakMemory
@@ -33,6 +37,7 @@ from fivefold.quantity import Quantity
 from fivefold.recipe import Recipe, Stage, catalogue
 from fivefold.study.build import Builder, Built
 from fivefold.study.in_turn import spread
+from fivefold.study.predictor import Predictor
 from fivefold.tasks.fidelity import Reference, fidelity
 from fivefold.tasks.text import windows
 from fivefold.tokenizer import Tokenizer
@@ -44,9 +49,16 @@ WITH = {
     "repair": 'prune_depth(layers=2) + repair + gguf(type="q8_0")',
     "kv_cache": 'kv_cache(type="q8_0") + gguf(type="f16")',
     "prompt_lookup": 'prompt_lookup + gguf(type="f16")',
-    "prune_depth": 'prune_depth(layers=2) + gguf(type="f16")',
+    "prune_depth": 'prune_depth(layers=2) + gguf(type="f16")', "prune_width": 'prune_width + gguf(type="f16")',
+    "slice_gpt": 'slice_gpt + gguf(type="f16")', "equalize": 'equalize + gguf(type="q4_0")',
+    "awq": "awq + rtn", "quarot": "quarot + rtn", "spin_quant": "spin_quant + rtn", "kivi": "kivi(bits=2)",
+    "sparse_storage": "wanda + sparse_storage", "distill": "prune_depth(layers=15) + distill(steps=120)",
+    "distill_text": "prune_depth(layers=15) + distill_text(steps=120)",
 }
 """The recipe that shows a technique which cannot stand alone, has no default, or is best seen in another engine."""
+LAST = ("distill", "distill_text", "spin_quant", "ternary")
+"""Those that train, and take longest."""
+RECORDS = Path(fivefold.study.__file__).parent / "records.json"
 BESIDE = {"safetensors": 'dtype(type="bfloat16")', "gguf": 'gguf(type="f16")'}
 RATIOS = ("decode", "ttft", "energy")
 
@@ -132,6 +144,22 @@ def row(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def write_records(found: list[dict[str, Any]]) -> None:
+    """What the search takes for its first guess (`study.records`)."""
+    model = bundled.load(MODEL)
+    predictor = Predictor(Machine.load(), model)
+
+    def side(record: dict[str, Any], i: int, recipe: str) -> dict[str, Any]:
+        values = {m: record["quality"][i]["quantities"][m]["value"] for m in ("agreement", "kl")}
+        return {"recipe": recipe, "bits": predictor.bits_per_weight(Recipe.parse(recipe)), **values}
+
+    whole = {
+        "model": MODEL, "date": datetime.date.today().isoformat(), "command": "python benchmarks/techniques.py",
+        "techniques": {r["name"]: {"with": side(r, 1, r["with"]), "without": side(r, 0, r["without"])} for r in found},
+    }
+    write_text(RECORDS, json.dumps(whole, indent=1) + "\n")
+
+
 HEADS = ("technique", "file MB", "peak MB", "tokens/s", "decode x", "TTFT x", "J/token x", "KL (without)",
          "agreement (without)", "to make", "the paper reports, elsewhere")
 
@@ -154,6 +182,7 @@ def main() -> None:
         return
     given.keep.mkdir(parents=True, exist_ok=True)
     names = [n for n, t in catalogue().items() if t.__module__.split(".")[-2].upper() == Stage.INFERENCE.name]
+    names.sort(key=lambda n: n in LAST)
     for name in [n for n in given.only.split(",") if n] or names:
         if not (given.keep / f"{name}.json").is_file():
             command = [sys.executable, __file__, "--one", name, "--keep", str(given.keep), "--rounds",
@@ -167,6 +196,8 @@ def main() -> None:
     body = ("SmolLM2-135M, off-grid parent; ratios are with / without, medians over rounds.\n\n"
             + table(HEADS, [row(f) for f in records if "why" not in f]))
     body += "".join(f"\n- `{f['name']}`: {f['why']}" for f in records if "why" in f)
+    if not given.quick:
+        write_records([f for f in records if "why" not in f])
     publish("techniques", "Every technique of inference, with and without", body, packages=("torch", "xllamacpp"),
             keep=not given.quick)
 

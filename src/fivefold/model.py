@@ -159,7 +159,9 @@ class ExportPlan:
 
     `types` maps a tensor's name *in the exported file* to its storage type; `default` covers the other matrices and
     `embedding` the token embedding. `importance` is a safetensors file of per-column weights by the same names.
-    `solved` holds already rounded tensors (a folder), which take precedence.
+    `solved` holds already rounded tensors (a folder), which take precedence. Of a folder for the torch engine,
+    `layer_bits` is what a weight of the linear layers takes (None: as in the model), `density` the share of these
+    weights that is not zero, `kept` the share of them that a factorization leaves.
     """
 
     format: Literal["safetensors", "gguf"] = "safetensors"
@@ -169,6 +171,13 @@ class ExportPlan:
     importance: Path | None = None
     solved: Path | None = None
     group: int = 0
+    layer_bits: float | None = None
+    density: float = 1.0
+    kept: float = 1.0
+
+    def storing(self, layer_bits: float, head: str = "keep") -> Self:
+        """The plan with linear layers of that many bits per weight; `head` "int8" packs embedding and head too."""
+        return replace(self, layer_bits=layer_bits, embedding="q8_0" if head == "int8" else self.embedding)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,6 +59,8 @@ class Technique:
     """True: only a plan of how to run is edited, so a cached artifact is re-used without a rebuild."""
     perturbation: ClassVar[float] = 1.0
     """How much the technique disturbs the model, for breaking ties in the order: weaker first."""
+    headline: ClassVar[str] = ""
+    """What the source reports for its own models and machines, with the source's own numbers."""
 
     def __post_init__(self) -> None:
         for dimension in dimensions(type(self)):

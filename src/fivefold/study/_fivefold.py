@@ -1,9 +1,10 @@
 """Our sampler: predict, then take the recipe with the largest expected gain per second it will cost.
 
-Three sources of knowledge. The cost model of the machine gives each recipe a prior (`predictor`). A Gaussian process
-over the techniques in a recipe corrects it by what the trials showed: its kernel is linear in "which techniques, at
-which values" (effects add up in log2) plus the square of the overlap (pairs may interact), so one trial of a technique
-teaches something about every recipe that holds it. Failures give each technique and each pair a chance of working.
+Three sources of knowledge. The cost model of the machine (`predictor`) and earlier records of what techniques do to
+quality (`records`) give each recipe a prior. A Gaussian process over the techniques in a recipe corrects it by what the
+trials showed: its kernel is linear in "which techniques, at which values" (effects add up in log2) plus the square of
+the overlap (pairs may interact), so one trial of a technique teaches something about every recipe that holds it.
+Failures give each technique and each pair a chance of working.
 
 The score of a candidate is its expected gain in hypervolume, over draws from the posterior that meet the budget, times
 its chance of working, divided by its expected seconds. A new run-time setting of an artifact that is already built
@@ -27,7 +28,8 @@ from numpy.typing import NDArray
 from fivefold.metrics import METRICS
 from fivefold.quantity import Quantity
 from fivefold.recipe import Recipe, catalogue
-from fivefold.study.pareto import ON_TASKS, Goal, Point, Values, coordinate, point, ranks
+from fivefold.study import records
+from fivefold.study.pareto import Goal, Point, Values, coordinate, point, ranks
 from fivefold.study.predictor import Forecast, Predictor
 from fivefold.study.sampler import SearchSpace, parts_of, seen
 from fivefold.study.trial import Outcome, Trial, estimate
@@ -35,12 +37,13 @@ from fivefold.techniques._shared.gguf_types import bits
 
 ALONE = 12
 """Settings of each technique alone that are considered at each step."""
-QUALITY = ("agreement", "kl")
 SEEDS_FIRST, DRAWS, POINTS, RANDOM, BEST, MUTATIONS = 4, 32, 1024, 24, 6, 24
 NOISE, SCREEN_NOISE, PAIR = 0.03, 0.15, 0.1
 FAR = 0.95
 RUNTIME_QUALITY = 0.15
 """What techniques that change no weight are expected to do to quality, as a share of what the others do."""
+WORTH = 0.25
+"""A technique is first tried alone if that promises at least this share of what the best candidate does."""
 Parts = dict[str, dict[str, Any]]
 Array = NDArray[np.float64]
 
@@ -64,10 +67,12 @@ class Fivefold:
         alone = {t.recipe for t in history}
         seeds = [r for r in pool if len(r) == 1 and not any(_same_technique(r, text) for text in alone)]
         rounds = sum(t.outcome is not Outcome.PREDICTED for t in history)
+        scores = dict(zip(pool, self._scores(pool, history, space, forecast, parent, rng), strict=True))
+        best = max(pool, key=scores.__getitem__)
         if seeds and (rounds <= SEEDS_FIRST or rounds % 2 == 0):
-            pool = seeds
-        scores = self._scores(pool, history, space, forecast, parent, rng)
-        return pool[max(range(len(pool)), key=lambda i: (scores[i], -i))]
+            seed = max(seeds, key=scores.__getitem__)
+            return seed if scores[seed] >= WORTH * scores[best] else best
+        return best
 
     def _pool(
         self, history: Sequence[Trial], space: SearchSpace, rng: random.Random, parent: Values
@@ -151,8 +156,8 @@ class Fivefold:
 
         def prior(recipe: Recipe) -> float:
             guess = forecast.predict(recipe).value(metric) if forecast else None
-            if guess is None and self.predictor and metric in (*QUALITY, *ON_TASKS):
-                guess = quality_prior(metric, self.predictor.bits_per_weight(recipe), base)
+            if guess is None and self.predictor:
+                guess = records.guess(metric, recipe, self.predictor.bits_per_weight(recipe), base)
             return start if guess is None else coordinate(metric, guess)
 
         data = []
@@ -179,19 +184,6 @@ class Fivefold:
         middle = sum(x for _, x in spent) / len(spent)
         mean, _ = regress([(r, x - middle, 0.3) for r, x in spent], pool, space)
         return [math.exp(middle + float(x)) for x in mean]
-
-
-def quality_prior(metric: str, bits: float, parent: float | None = None) -> float | None:
-    """What storing the weights in that many bits on average does to agreement (or KL), before any trial.
-
-    Each 1.8 bits halve the share of changed answers and each 0.9 bits the KL; the level is that of block formats on
-    SmolLM2-135M (docs/benchmarks.md). Choosing among a few answers is easier than among all tokens: of the share of
-    changed tokens a task's score is taken to lose a quarter. The trials correct it; pruning and repair it does not see.
-    """
-    changed = min(1.0, 0.2 * 2.0 ** (-(bits - 5.1) / 1.8))
-    if metric in ON_TASKS:
-        return None if parent is None else parent * (1.0 - changed / 4)
-    return 1.0 - min(1.0, changed) if metric == "agreement" else 0.14 * 2.0 ** (-(bits - 5.1) / 0.9)
 
 
 def doubt(metric: str, found: Quantity, usual: float) -> float:

@@ -5,7 +5,7 @@ operations per matrix parameter:
 
     time per token = max(bytes / bandwidth(threads), FLOPs / GEMM rate) / efficiency(engine, storage type)
     time to first  = prompt tokens * FLOPs / GEMM rate / efficiency
-    size           = sum over tensors of parameters * bits(type) / 8
+    size           = sum over tensors of parameters * bits(type) / 8            (`planned_size`)
 
 Efficiencies are a rough table. For llama.cpp there is a better one, once the seconds per weight of its types have been
 measured on this machine (`engines._type_speed`; it is read here, never made here):
@@ -43,6 +43,7 @@ from fivefold.recipe import Recipe, Technique
 from fivefold.study import evidence
 from fivefold.study.evidence import Evidence, Traits
 from fivefold.study.pareto import Goal
+from fivefold.study.planned_size import DTYPE_TYPE, planned_bytes, size_on_disk
 from fivefold.study.trial import Outcome, Trial
 from fivefold.study.type_work import Work, base_work, layer_shape, planned_work, spread_work, stored_work
 from fivefold.techniques._shared.gguf_types import bits
@@ -69,7 +70,9 @@ class Outline:
 
     engine: str
     storage: str
+    file_bytes: float
     weight_bytes: float
+    """Of weights, read for each token."""
     blueprint: Blueprint
     threads: int | None
     batch: int
@@ -113,19 +116,20 @@ class Predictor:
         model = recipe.plan(self.model)
         engine = planned_engine(model)
         average = average_bits(recipe)
-        storage = model.export.default if model.export.format == "gguf" else _DTYPE_TYPE[model.run.dtype]
+        storage = model.export.default if model.export.format == "gguf" else DTYPE_TYPE[model.run.dtype]
         if average is not None:
             storage = f"{average:.0f} bits"
         kivi = KiviType.parse(model.run.cache_type)
-        cache = model.run.cache_type if kivi or engine != "torch" else _DTYPE_TYPE[model.run.dtype]
-        exact = bits(_DTYPE_TYPE[model.run.dtype] if kivi else cache) / 8
+        cache = model.run.cache_type if kivi or engine != "torch" else DTYPE_TYPE[model.run.dtype]
+        exact = bits(DTYPE_TYPE[model.run.dtype] if kivi else cache) / 8
+        file_bytes, weight_bytes = self._bytes(recipe, model)
         traits = Traits(
             engine=engine, storage=storage, threads=_spelled(model.run.threads), cache="" if cache == "f16" else cache,
             batch=_spelled(model.run.batch - 1), lookup=_spelled(model.decode.lookup_tokens),
         )
         return Outline(
-            engine=engine, storage=storage, weight_bytes=self._weight_bytes(recipe, model), blueprint=model.blueprint,
-            threads=model.run.threads, batch=model.run.batch,
+            engine=engine, storage=storage, file_bytes=file_bytes, weight_bytes=weight_bytes,
+            blueprint=model.blueprint, threads=model.run.threads, batch=model.run.batch,
             cache_bytes=kivi.mean_bytes(model.run.context, exact) if kivi else exact,
             dtype=model.run.dtype if engine == "torch" else "float32", traits=traits,
             work=self._work(recipe, model) if engine == "llama.cpp" and self.speeds else None,
@@ -154,17 +158,16 @@ class Predictor:
         wanted, base = (_matrix_seconds(self.speeds, w) for w in (work, base_work(b)))
         return work.scaled(min(1.0, most * base / wanted))
 
-    def _weight_bytes(self, recipe: Recipe, planned: Model) -> float:
-        """Bytes of the file the plan will write; of the file there is when nothing builds."""
-        if not recipe.build.techniques:
-            return _size_on_disk(self.model)
+    def _bytes(self, recipe: Recipe, planned: Model) -> tuple[float, float]:
+        """(of the file, of weights read per token); of the file there is when nothing builds."""
         average = average_bits(recipe)
         if average is not None:
-            return average * planned.blueprint.parameters / 8
-        plan = planned.export
-        if plan.format == "gguf":
-            return _planned_bytes(planned.blueprint, plan.default, plan.embedding)
-        return _planned_bytes(planned.blueprint, _DTYPE_TYPE[planned.run.dtype], None)
+            return (average * planned.blueprint.parameters / 8,) * 2
+        written, read = planned_bytes(self.model, planned)
+        if not recipe.build.techniques:
+            there = size_on_disk(self.model)
+            return there, there if planned.format == "gguf" else read * min(1.0, there / written)
+        return written, read
 
     def _physics(self, o: Outline) -> dict[str, float]:
         position = self.prompt + self.output // 2
@@ -186,7 +189,7 @@ class Predictor:
         watts = _watts(self.machine, share * cores)
         return {
             "flops": limits.flops_per_token, "latency": latency, "ttft": ttft, "request": request, "decode": decode,
-            "prefill": prefill, "size": o.weight_bytes, "network": o.weight_bytes, "kv": cache,
+            "prefill": prefill, "size": o.file_bytes, "network": o.file_bytes, "kv": cache,
             "memory": o.weight_bytes + cache * (self.prompt + self.output) + _BASE_MEMORY.get(o.engine, 400e6),
             "energy": per_token * watts, "carbon": per_token * watts / 3.6e6 * 450 * 1e6,
             "money": per_token * _USD_PER_SECOND * 1e6,
@@ -352,7 +355,6 @@ def errors(history: Sequence[Trial]) -> dict[str, Quantity]:
 
 
 _UNPROVEN = {"size": 0.1, "network": 0.1, "kv": 0.05, "flops": 0.05, "memory": 0.3}
-_DTYPE_TYPE = {"float32": "f32", "bfloat16": "bf16"}
 
 
 @functools.lru_cache(maxsize=64)
@@ -371,19 +373,6 @@ def planned_engine(model: Model) -> str:
     """The engine the plan ends in: the chosen one, else that of the planned file."""
     planned = "gguf" if model.format == "gguf" or model.export.format == "gguf" else "safetensors"
     return default_engine(model.but(format=planned))
-
-
-def _planned_bytes(blueprint: Blueprint, storage: str, embedding: str | None) -> float:
-    table = blueprint.vocab * blueprint.width
-    others = blueprint.parameters - table * (1 if blueprint.tied else 2)
-    head = 0.0 if blueprint.tied else table * bits(storage)
-    return (others * bits(storage) + head + table * bits(embedding or storage)) / 8
-
-
-def _size_on_disk(model: Model) -> float:
-    if model.path.is_file():
-        return float(model.path.stat().st_size)
-    return float(sum(f.stat().st_size for f in model.path.glob("*.safetensors")))
 
 
 def _by_table(metric: str, o: Outline) -> bool:

@@ -28,8 +28,12 @@ from fivefold.metrics import RESOURCES
 from fivefold.model import Model, Trait
 from fivefold.recipe import Recipe, Technique, catalogue
 from fivefold.space import Dimension, dimensions
+from fivefold.study.planned_size import planned_bytes, size_on_disk
 from fivefold.study.sampler import SearchSpace
 from fivefold.testing.tiny import tiny_examples, tiny_model
+
+SIZE = 0.1
+"""Most by which a folder may differ from its planned bytes; a tiny model has more scales and norms per weight."""
 
 
 def sentence(error: BaseException) -> str:
@@ -118,6 +122,9 @@ class TechniqueContract:
         assert done.blueprint == planned.blueprint and done.run == planned.run and done.decode == planned.decode
         assert done.traits == planned.traits
         assert (done.export.format, done.format) in ((planned.export.format, planned.format), ("gguf", "gguf"))
+        if done.format == planned.export.format == "safetensors" and recipe.build.techniques:
+            written, _ = planned_bytes(parent, planned)
+            assert size_on_disk(done) == pytest.approx(written, rel=SIZE), "the file is as large as the plan says"
         if catalogue()[name].runtime:
             assert recipe.build.techniques or done.path == parent.path
         else:

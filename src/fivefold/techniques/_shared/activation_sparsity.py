@@ -8,6 +8,7 @@ keys and values; gate and up) have one threshold. The memory is the model and on
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fivefold.errors import Misfit
 from fivefold.model import Model, read_config
-from fivefold.weights import read_tensors
+from fivefold.weights import DTYPE_BYTES, read_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +69,17 @@ def feed_forwards(model: Model, owner: str) -> tuple[list[str], str]:
     if kind is None:
         raise Misfit(f"{owner} knows the activations {', '.join(ACTIVATIONS)}, not that of {model.name}; use teal")
     return found, kind
+
+
+def planned(model: Model, parts: Iterable[str] = PARTS, more: int = 0) -> Model:
+    """The model as planned when the matrices named `parts` are stored in bfloat16, and `more` numbers beside them."""
+    chosen, held, whole = set(parts), 16.0 * more, 0
+    for name, tensor in read_tensors(model.path):
+        if len(tensor.shape) == 2 and _INSIDE.fullmatch(name):
+            numbers = math.prod(tensor.shape)
+            whole += numbers
+            held += numbers * (16 if name.split(".")[-2] in chosen else 8 * DTYPE_BYTES[tensor.dtype])
+    return model.but(export=model.export.storing(held / whole)) if whole else model
 
 
 def computes_as_named(mlp: Any) -> bool:

@@ -114,7 +114,8 @@ class Target:
     def plan(self, model: Model) -> Model:
         """The export plan as `write` leaves it, without the solved codes."""
         if self.wish.into == "torch":
-            return model
+            scales = (16 if self.wish.symmetric else 32) / (self.wish.group or model.blueprint.width)
+            return model.but(export=model.export.storing(self.wish.bits + scales, self.wish.head))
         from fivefold.techniques._shared.gguf_types import exported_names, fits, matrices
 
         names = exported_names(model)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Apollo(Update):
+    headline = "APOLLO-Mini at rank 1: SGD-level memory at >= AdamW quality"
     by_number = True
 
     mode: Literal["channel", "tensor"] = "channel"

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Adaptation):
     whole = True
+    headline = "~0.08-0.1% of parameters trained, competitive on small and mid-sized data"
     perturbation = 1.0
 
     rate: Annotated[float, Range(1e-7, 1e-1, log=True), Fixed()] = 1e-3

@@ -43,6 +43,7 @@ class ChildTuning(Adaptation):
     passes = 3.0
     whole = True
     masks = True
+    headline = "four models on GLUE: +1.5..8.6 on average over vanilla fine-tuning, +0.6..1.3 over prior techniques"
     perturbation = 3.0
 
     mode: Literal["D", "F"] = "D"

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 class Dora(Adaptation):
     blocks = False
     libraries = ("peft",)
+    headline = "commonsense average: LLaMA-7B 78.4 (LoRA 76.3), LLaMA3-8B 85.2 (LoRA 80.8)"
     perturbation = 2.0
 
     rank: Annotated[int, Range(1, 512, log=True), Search(4, 16, 64)] = 16

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Galore(Update):
+
     rank: Annotated[int, Range(1, 4096, log=True), Search(32, 128)] = 128
     """Directions of each matrix in which Adam runs."""
     every: Annotated[int, Range(1, 100_000, log=True), Fixed()] = 200

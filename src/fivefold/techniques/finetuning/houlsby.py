@@ -39,6 +39,7 @@ class Houlsby(Adaptation):
     blocks = False
     breaks = Adaptation.breaks | {Trait.PLAIN_GRAPH}
     may_raise = ("quality", "compute")
+    headline = "3.6% of parameters, within 0.4% of full fine-tuning on GLUE"
     perturbation = 2.0
 
     size: Annotated[int, Range(1, 4096, log=True), Search(8, 32, 128)] = 32

@@ -40,6 +40,7 @@ PLACES = (("k_proj", "v_proj", "down_proj"), ("c_attn", "mlp.c_proj"))
 class Ia3(Adaptation):
     blocks = False
     libraries = ("peft",)
+    headline = "T-Few beats in-context learning at 1000x less"
     perturbation = 2.0
 
     rate: Annotated[float, Range(1e-7, 1e-1, log=True), Fixed()] = 3e-3

@@ -42,6 +42,7 @@ BLOCK = 32
 @dataclass(frozen=True, kw_only=True)
 class Lora(Adaptation):
     libraries = ("peft",)
+    headline = "GPT-3 175B with 10,000x fewer trained parameters, 3x less GPU memory"
     perturbation = 2.0
 
     rank: Annotated[int, Range(1, 512, log=True), Search(4, 16, 64)] = 16

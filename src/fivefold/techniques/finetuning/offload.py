@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Offload(Saving):
     may_raise = ("compute", "energy", "money")
+    headline = "ZeRO-Infinity: 32 trillion parameters trained"
 
     to: Annotated[Literal["disk", "cpu"], Fixed()] = "disk"
     """Where the state is kept: in files of the run's folder, or in main memory beside an accelerator."""

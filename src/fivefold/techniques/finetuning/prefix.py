@@ -38,6 +38,7 @@ class Prefix(Adaptation):
     breaks = Adaptation.breaks | {Trait.PLAIN_GRAPH}
     may_raise = ("quality", "compute", "memory")
     libraries = ("peft",)
+    headline = "0.1% of parameters trained"
     perturbation = 2.0
 
     tokens: Annotated[int, Range(1, 4096, log=True), Search(8, 32)] = 16

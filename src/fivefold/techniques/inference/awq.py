@@ -47,6 +47,7 @@ PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.
 class Awq(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     lowers = {"memory": "indirect", "compute": "indirect"}
+    headline = "Llama-3-8B in 4 bits, TinyChat: 2.7x faster on a 4090, 2.9x on Orin"
     perturbation = 3.5
     """It disturbs nothing, but should see what pruning leaves."""
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fivefold.model import Model, Trait
 from fivefold.recipe import Technique
 from fivefold.space import Fixed, Range, Search
-from fivefold.techniques._shared.activation_sparsity import compiled, feed_forwards
+from fivefold.techniques._shared.activation_sparsity import compiled, feed_forwards, planned
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +34,7 @@ class Cats(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TRAINABLE})
     lowers = {"compute": "direct", "energy": "direct", "money": "direct", "memory": "indirect", "network": "indirect"}
+    headline = "SwiGLU of Llama-7B, Mistral-7B at 50%: ~15% faster decoding, tasks within 1-2% without tuning"
     perturbation = 3.5
 
     sparsity: Annotated[float, Range(0.0, 0.95), Search(0.3, 0.5, 0.7)] = 0.5
@@ -44,6 +45,9 @@ class Cats(Technique):
     def check(self, model: Model) -> None:
         feed_forwards(model, str(self))
         compiled(str(self))
+
+    def plan(self, model: Model) -> Model:
+        return planned(model)
 
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.activation_sparsity import neurons, stored, treated

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Gptq(Rounding):
+    headline = "LLaMA-7B, perplexity 5.68 in FP16: 6.09 in 4 bits (rounded 6.29), 8.07 in 3 (rounded 25.54)"
+
     symmetric: bool = False
     """No offset: zero is a value of the grid, and a group costs 16 bits less."""
     order: Annotated[Literal["columns", "activation"], Fixed()] = "columns"

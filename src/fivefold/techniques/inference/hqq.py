@@ -34,6 +34,8 @@ BETA, GROWTH = 10.0, 1.01
 
 @dataclass(frozen=True, kw_only=True)
 class Hqq(Rounding):
+    headline = "Llama-2-70B in under 5 minutes without data, over 50x faster than GPTQ"
+
     norm: Annotated[float, Range(0.1, 1.0), Fixed()] = 0.7
     """The power p of the errors."""
     rounds: Annotated[int, Range(1, 1000), Fixed()] = 20

@@ -43,6 +43,9 @@ class Int4(Technique):
     def check(self, model: Model) -> None:
         self._chosen(model)
 
+    def plan(self, model: Model) -> Model:
+        return model.but(export=model.export.storing(4 + 32 / self.group, self.head))
+
     def apply(self, model: Model) -> Model:
         chosen, head, shapes, misfits = self._chosen(model)
         said = f"int4: {len(shapes) - len(misfits)} of {len(shapes)} linear layers in groups of {self.group}"

@@ -34,6 +34,9 @@ class Int8(Technique):
     def check(self, model: Model) -> None:
         linear_shapes(model, str(self))
 
+    def plan(self, model: Model) -> Model:
+        return model.but(export=model.export.storing(8.0, self.head))
+
     def apply(self, model: Model) -> Model:
         shapes, head = linear_shapes(model, str(self))
         chosen = dict.fromkeys([*shapes, *(head if self.head == "int8" else [])], (8, 0))

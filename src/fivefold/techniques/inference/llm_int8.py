@@ -56,6 +56,9 @@ class LlmInt8(Technique):
     def effort_once(self, model: Model) -> float:
         return super().effort_once(model) if self.columns == "calibrated" else 0.0
 
+    def plan(self, model: Model) -> Model:
+        return model.but(export=model.export.storing(8.0, self.head))
+
     def apply(self, model: Model) -> Model:
         from fivefold.techniques._shared.eight_bits import stored
         from fivefold.techniques._shared.packing import linear_shapes

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fivefold.errors import Misfit, ModelError
@@ -65,6 +65,9 @@ class LowRank(Technique):
 
         return {name.removesuffix(".weight"): t.shape for name, t in read_tensors(model.path)
                 if len(t.shape) == 2 and INSIDE.fullmatch(name)}
+
+    def plan(self, model: Model) -> Model:
+        return model.but(export=replace(model.export, kept=model.export.kept * (1 - self.ratio)))
 
     def effort(self, model: Model) -> float:
         b = model.blueprint

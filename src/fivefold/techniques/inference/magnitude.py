@@ -18,7 +18,7 @@ Sources: Han et al., Learning both Weights and Connections, arXiv 1506.02626; as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from fivefold.model import Model, Trait
@@ -32,6 +32,7 @@ class Magnitude(Technique):
                        Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.DENSE_WEIGHTS})
     lowers = {"compute": "indirect", "network": "indirect"}
+    headline = "Llama-2-7B/13B/70B at 50%: perplexity 14.89/6.37/4.98 (dense 5.12/4.57/3.12)"
     perturbation = 3.0
 
     sparsity: Annotated[float, Range(0.0, 0.99), Search(0.2, 0.3, 0.4, 0.5)] = 0.5
@@ -49,6 +50,9 @@ class Magnitude(Technique):
         from fivefold.techniques._shared.sparsity import check_widths
 
         check_widths(self, model.blueprint, self.pattern, "matrix")
+
+    def plan(self, model: Model) -> Model:
+        return model.but(export=replace(model.export, density=1 - self.sparsity))
 
     def effort_once(self, model: Model) -> float:
         return 0.0

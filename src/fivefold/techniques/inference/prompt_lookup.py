@@ -32,6 +32,7 @@ class PromptLookup(Technique):
     lowers = {"compute": "direct", "energy": "direct", "money": "indirect"}
     may_raise = ("compute", "energy")
     runtime = True
+    headline = "2-4x faster on grounded tasks"
     perturbation = 0.0
 
     ngram: Annotated[int, Range(1, 8), Search(1, 2, 3)] = 2

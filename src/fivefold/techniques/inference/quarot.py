@@ -32,6 +32,7 @@ class Quarot(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.DENSE_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     lowers = {"memory": "indirect"}
     may_raise = ("memory", "network", "compute")
+    headline = "70B in 4 bits end to end, cache included: <=0.29 perplexity lost, 99% of zero-shot kept"
     perturbation = 0.4
 
     residual: bool = True

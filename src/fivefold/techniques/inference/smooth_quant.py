@@ -45,6 +45,7 @@ class SmoothQuant(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TRAINABLE})
     lowers = {"memory": "direct", "network": "direct", "compute": "direct", "energy": "indirect", "money": "indirect"}
+    headline = "1.56x faster, 2x less memory; Llama-2-7B W8A8 at alpha .85: perplexity 5.474 -> 5.515"
     perturbation = 4.1
 
     alpha: Annotated[float, Range(0.0, 1.0), Search(0.5, 0.8)] = 0.5
@@ -62,6 +63,9 @@ class SmoothQuant(Technique):
         from fivefold.techniques._shared.packing import linear_shapes
 
         linear_shapes(model, str(self))
+
+    def plan(self, model: Model) -> Model:
+        return model.but(export=model.export.storing(8.0, self.head))
 
     def effort(self, model: Model) -> float:
         """Every layer runs a second time to be looked at, and alphas are tried on a sample."""

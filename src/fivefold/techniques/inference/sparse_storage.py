@@ -48,6 +48,9 @@ class SparseStorage(Technique):
         if why := available("sparse"):
             raise Misfit(f"{self.name}: {why}")
 
+    def plan(self, model: Model) -> Model:
+        return model.but(export=model.export.storing(16 * model.export.density + 1))
+
     def effort_once(self, model: Model) -> float:
         return 0.0
 

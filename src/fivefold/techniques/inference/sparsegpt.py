@@ -18,7 +18,7 @@ Source: Frantar and Alistarh, SparseGPT, arXiv 2301.00774.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fivefold.model import Model, Trait
@@ -37,6 +37,7 @@ class SparseGPT(Technique):
                        Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.DENSE_WEIGHTS})
     lowers = {"compute": "indirect", "network": "indirect"}
+    headline = "OPT-175B and BLOOM at 50-60% in one shot, <4.5 h, negligible perplexity loss"
     perturbation = 3.0
 
     sparsity: Annotated[float, Range(0.0, 0.99), Search(0.3, 0.4, 0.5, 0.6)] = 0.5
@@ -62,6 +63,9 @@ class SparseGPT(Technique):
         from fivefold.techniques._shared.sparsity import check_widths
 
         check_widths(self, model.blueprint, self.pattern, "block")
+
+    def plan(self, model: Model) -> Model:
+        return model.but(export=replace(model.export, density=1 - self.sparsity))
 
     def effort(self, model: Model) -> float:
         b, tokens = model.blueprint, 512 * self.windows

@@ -41,6 +41,7 @@ class SpinQuant(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.DENSE_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     lowers = {"memory": "indirect"}
     may_raise = ("memory", "network", "compute")
+    headline = "Llama-2-7B W4A4KV4: perplexity 5.9 (fp 5.5), zero-shot 64.0 (fp 66.9)"
     perturbation = 0.5
 
     type: Annotated[Literal["q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"], Fixed()] = "q4_0"

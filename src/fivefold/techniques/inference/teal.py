@@ -38,6 +38,7 @@ class Teal(Technique):
     needs = frozenset({Trait.FLOAT_WEIGHTS, Trait.TORCH_GRAPH, Trait.UNFITTED, Trait.PLAIN_GRAPH})
     breaks = frozenset({Trait.FLOAT_WEIGHTS, Trait.TRAINABLE})
     lowers = {"compute": "direct", "energy": "direct", "money": "direct", "memory": "indirect", "network": "indirect"}
+    headline = "1.53x/1.8x decoding at 40-50% sparsity of all hidden states"
     perturbation = 3.5
 
     sparsity: Annotated[float, Range(0.0, 0.95), Search(0.25, 0.4, 0.5, 0.6)] = 0.4
@@ -50,6 +51,9 @@ class Teal(Technique):
     def check(self, model: Model) -> None:
         linear_count(model, str(self))
         compiled(str(self))
+
+    def plan(self, model: Model) -> Model:
+        return model.but(export=model.export.storing(16.0))
 
     def effort(self, model: Model) -> float:
         if self.allocation == "uniform":
