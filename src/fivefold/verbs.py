@@ -250,7 +250,7 @@ def serve(
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One technique of the catalogue, as its file declares it."""
+    """One technique of the catalogue, as its file declares it; `record` is what was measured with and without it."""
 
     name: str
     stage: str
@@ -262,6 +262,20 @@ class Entry:
     breaks: Sequence[str]
     runtime: bool
     fields: Sequence[Dimension]
+    headline: str
+    record: str
+
+    @property
+    def facts(self) -> list[str]:
+        """What is declared, a line each."""
+        found = [
+            f"lowers: {', '.join(f'{k} ({v})' for k, v in self.lowers.items()) or 'nothing directly'}",
+            f"may raise: {', '.join(self.may_raise) or 'nothing'}", f"needs: {', '.join(self.needs) or 'nothing'}",
+            f"breaks: {', '.join(self.breaks) or 'nothing'}",
+            "acts at run time only" if self.runtime else "changes the artifact",
+        ]
+        found += [f"its source reports, elsewhere: {self.headline}"] * bool(self.headline)
+        return found + [f"measured: {self.record}"] * bool(self.record)
 
 
 def catalogue(name: str | None = None) -> list[Entry]:
@@ -277,11 +291,14 @@ def catalogue(name: str | None = None) -> list[Entry]:
 
 
 def _entry(name: str, technique: type[Technique]) -> Entry:
+    from fivefold.study.records import told
+
     text = inspect.getdoc(inspect.getmodule(technique)) or ""
     return Entry(
         name=name, stage=technique.__module__.split(".")[-2], summary=text.splitlines()[0] if text else "", text=text,
         lowers=technique.lowers, may_raise=technique.may_raise, needs=sorted(t.value for t in technique.needs),
         breaks=sorted(t.value for t in technique.breaks), runtime=technique.runtime, fields=dimensions(technique),
+        headline=technique.headline, record=told(name),
     )
 
 
@@ -292,25 +309,22 @@ def catalogue_page(entries: Sequence[Entry]) -> str:
         lines += [f"## {stage.capitalize()}", ""]
         for entry in (e for e in entries if e.stage == stage):
             lines += [f"### {entry.name}", "", entry.text, ""]
-            lines += [f"- lowers: {', '.join(f'{k} ({v})' for k, v in entry.lowers.items()) or 'nothing directly'}"]
-            lines += [f"- may raise: {', '.join(entry.may_raise) or 'nothing'}"]
-            lines += [f"- needs: {', '.join(entry.needs) or 'nothing'}"]
-            lines += [f"- breaks: {', '.join(entry.breaks) or 'nothing'}"]
-            lines += ["- acts at run time only" if entry.runtime else "- changes the artifact", ""]
+            lines += [*(f"- {fact}" for fact in entry.facts), ""]
             if entry.fields:
                 lines += ["| field | legal | default | what |", "|---|---|---|---|"]
-                lines += [f"| `{d.name}` | {_legal(d)} | {_default(d)} | {d.help} |" for d in entry.fields]
+                lines += [f"| `{d.name}` | {legal(d, '`')} | {default(d, '`')} | {d.help} |" for d in entry.fields]
                 lines += [""]
     return "\n".join(lines)
 
 
-def _legal(dimension: Dimension) -> str:
+def legal(dimension: Dimension, quote: str = "") -> str:
+    """The values a field takes, each between quotes."""
     if dimension.legal:
-        return ", ".join(f"`{v}`" for v in dimension.legal)
+        return ", ".join(f"{quote}{v}{quote}" for v in dimension.legal)
     if dimension.range:
         return f"{dimension.range.low:g} to {dimension.range.high:g}"
     return "true, false" if dimension.kind == "bool" else dimension.kind
 
 
-def _default(dimension: Dimension) -> str:
-    return "required" if dimension.required else f"`{dimension.default}`"
+def default(dimension: Dimension, quote: str = "") -> str:
+    return "required" if dimension.required else f"{quote}{dimension.default}{quote}"

@@ -160,3 +160,12 @@ def test_a_parameter_that_is_not_stored_is_named(tiny_llama: Model) -> None:
     loaded = load_module(tiny_llama)
     with pytest.raises(ModelError, match=r"model\.absent is not in the weight files"):
         stored_name(loaded, dict(read_tensors(tiny_llama.path)), "model.absent")
+
+
+@pytest.mark.parametrize(("head", "whole"), [("plain", False), ("capped", False), ("divided", True)])
+def test_only_a_head_beyond_a_soft_cap_makes_all_logits(head: str, whole: bool) -> None:
+    model = module(HEADS[head][0], **HEADS[head][1]).eval()
+    calls: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    loss_of(model)(Stream(examples(3, 10, 30), 256, 256, layout="bucket").batches()[0])
+    assert bool(calls) is whole

@@ -110,9 +110,7 @@ def shipped(done: Any) -> None:
 def catalogue(entries: Sequence[Any]) -> None:
     out = console()
     if len(entries) == 1:
-        from fivefold.verbs import catalogue_page
-
-        out.print(catalogue_page(entries).partition("### ")[2].strip())
+        _entry(out, entries[0])
         return
     grid = table("stage", "technique", "lowers", "may raise", "what")
     stage = ""
@@ -124,3 +122,20 @@ def catalogue(entries: Sequence[Any]) -> None:
         stage = entry.stage
     out.print(grid)
     out.print(Text("(in brackets: indirectly)   fivefold catalogue NAME shows one in full", style="dim"))
+
+
+def _entry(out: Any, entry: Any) -> None:
+    """One technique: its text as flowing paragraphs, what it declares, its fields."""
+    from fivefold.verbs import default, legal
+
+    out.print(Text(entry.name, style="bold"), "\n")
+    for paragraph in entry.text.split("\n\n"):
+        as_is = any(line.startswith("  ") for line in paragraph.splitlines())
+        out.print(Text(paragraph if as_is else " ".join(paragraph.split())), "\n")
+    for fact in entry.facts:
+        out.print(Text(f"- {fact}"))
+    if entry.fields:
+        grid = table("field", "legal", "default", "what")
+        for field in entry.fields:
+            grid.add_row(field.name, legal(field), default(field), field.help)
+        out.print("", grid, sep="\n")

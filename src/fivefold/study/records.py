@@ -39,6 +39,17 @@ def records() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     return found
 
 
+def told(name: str) -> str:
+    """The record of a technique as a phrase, or ""."""
+    if (found := records().get(name)) is None:
+        return ""
+    with_, without = found["with"], found["without"]
+    return (
+        f"`{with_['recipe']}` against `{without['recipe']}` on SmolLM2-135M: KL {with_['kl']:.3g} ({without['kl']:.3g}),"
+        f" agreement {with_['agreement']:.3f} ({without['agreement']:.3f})"
+    )
+
+
 def guess(metric: str, recipe: Recipe, bits: float, parent: float | None = None) -> float | None:
     """Agreement, KL or the score of a choice task of a recipe of that many bits per weight, before any trial.
 

@@ -82,16 +82,33 @@ def _next_token(logits: torch.Tensor, targets: torch.Tensor, gradient: torch.Ten
     return loss
 
 
+def _capped(logits: torch.Tensor, cap: float, slope: Slope, rows: slice,
+            gradient: torch.Tensor | None) -> torch.Tensor:
+    """`slope` of c tanh(logits / c), whose derivative is 1 - (capped / c)^2."""
+    bent = logits.div_(cap).tanh_()
+    loss = slope(bent * cap, rows, gradient)
+    if gradient is not None:
+        gradient.mul_(bent.square_().neg_().add_(1).to(gradient.dtype))
+    return loss
+
+
 def head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, count: int | None = None
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, count: int | None = None, cap: float = 0.0
 ) -> torch.Tensor:
     """Sum of the losses over `count` (default: the targets that count), a scalar in nats; differentiable.
 
-    hidden (..., d), weight (v, d), targets (...) with IGNORE where no loss is asked. No target at all gives 0.
+    hidden (..., d), weight (v, d), targets (...) with IGNORE where no loss is asked. No target at all gives 0. `cap`
+    > 0 is the soft cap of the logits, cap tanh(logits / cap).
     """
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     where = (wanted != IGNORE).nonzero().squeeze(-1)
     if len(where) < len(wanted):
         flat, wanted = flat[where], wanted[where]
-    return through_head(flat, weight, lambda logits, rows, gradient: _next_token(logits, wanted[rows], gradient),
-                        1.0 / max(1, len(wanted) if count is None else count))
+
+    def plain(logits: torch.Tensor, rows: slice, gradient: torch.Tensor | None) -> torch.Tensor:
+        return _next_token(logits, wanted[rows], gradient)
+
+    def bent(logits: torch.Tensor, rows: slice, gradient: torch.Tensor | None) -> torch.Tensor:
+        return _capped(logits, cap, plain, rows, gradient)
+
+    return through_head(flat, weight, bent if cap else plain, 1.0 / max(1, len(wanted) if count is None else count))

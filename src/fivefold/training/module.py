@@ -2,7 +2,7 @@
 
     hidden = decoder(tokens);  loss = head_loss(hidden, head)
 
-A family whose logits are more than hidden x head (a soft cap, a scale, a bias) goes through its own logits instead.
+A family whose logits are more than hidden x head and a soft cap (a scale, a bias) goes through its own logits instead.
 """
 
 from __future__ import annotations
@@ -85,12 +85,21 @@ def stored_name(module: Any, stored: Mapping[str, Any], name: str) -> str:
     raise ModelError(f"the parameter {name} is not in the weight files; save the model again with transformers")
 
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap")
+BEYOND = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+
+
 def plain_head(module: Any) -> bool:
     """Whether the logits are the hidden states times the head's weight, and nothing else."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier",
-             "output_multiplier")
-    values = [getattr(module.config, name, None) for name in names]
-    return getattr(module.get_output_embeddings(), "bias", None) is None and all(v in (None, 1) for v in values)
+    return soft_cap(module) == 0.0
+
+
+def soft_cap(module: Any) -> float | None:
+    """c where the logits are c tanh(hidden x head / c), 0 where they are hidden x head, None where they are neither."""
+    beyond = [getattr(module.config, name, None) for name in BEYOND]
+    if getattr(module.get_output_embeddings(), "bias", None) is not None or any(v not in (None, 1) for v in beyond):
+        return None
+    return next((float(c) for name in CAPS if (c := getattr(module.config, name, None))), 0.0)
 
 
 @torch.no_grad()
@@ -124,7 +133,7 @@ def packs(module: Any, longest: int) -> bool:
 
 def loss_of(module: Any, hidden: Callable[..., torch.Tensor] | None = None) -> Callable[[Batch], torch.Tensor]:
     """The mean loss of a batch's targets. `hidden(tokens, **more)` replaces the decoder's own pass."""
-    head, plain = module.get_output_embeddings(), plain_head(module)
+    head, cap = module.get_output_embeddings(), soft_cap(module)
 
     def states(tokens: torch.Tensor, **more: Any) -> torch.Tensor:
         out: torch.Tensor = module.base_model(input_ids=tokens, use_cache=False, **more).last_hidden_state
@@ -140,8 +149,8 @@ def loss_of(module: Any, hidden: Callable[..., torch.Tensor] | None = None) -> C
             hide = torch.zeros(seen.shape, dtype=module.dtype, device=device).masked_fill_(~seen, -math.inf)
             more = {"attention_mask": hide, "position_ids": torch.from_numpy(batch.positions).to(device)}
         tokens, targets = torch.from_numpy(batch.tokens).to(device), torch.from_numpy(batch.targets).to(device)
-        if plain:
-            return head_loss(run(tokens, **more), head.weight, targets)
+        if cap is not None:
+            return head_loss(run(tokens, **more), head.weight, targets, cap=cap)
         logits = module(input_ids=tokens, use_cache=False, **more).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
 

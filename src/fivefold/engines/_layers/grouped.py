@@ -8,7 +8,7 @@ an offset z, both in half precision:
 
 Decoding reads every weight once, so its time falls with their bytes. For few rows of activations `native/grouped.cpp`
 multiplies the codes as they lie (activations in bfloat16, sums in float32); with more than FEW rows the matrix is
-turned back once, to bfloat16, and an ordinary product is faster.
+turned back once, to bfloat16, and an ordinary product (`_many`) is faster.
 
 `<module>.weight` is replaced by `.codes` (uint8, (ceil(rows / 16), ceil(columns / 32), 64 bits): tiles of 16 rows x 32
 columns, laid out as the kernel says), `.scale` and `.offset` (float16, (tiles, groups, 16)). What is missing in the
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fivefold.engines import _native
+from fivefold.engines._layers._many import times
 
 TENSORS = ("codes", "scale", "offset", "bias")
 BITS = (2, 3, 4, 8)
@@ -130,8 +131,8 @@ class GroupedLinear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features).bfloat16()
-        y = self._times(flat) if len(flat) <= FEW else nn.functional.linear(flat, self.restored())
+        flat = x.reshape(-1, self.in_features)
+        y = self._times(flat.bfloat16()) if len(flat) <= FEW else times(flat, self.restored())
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)

@@ -10,7 +10,7 @@ Scales and zeros are bfloat16, and q is rounded against the *stored* scale, so p
 weight: 1 + 2/columns, and 0.5 + 4/group.
 
 The activations are cast to bfloat16: that is what PyTorch's weight-only kernels for the CPU are fast in. With more
-than FEW rows of activations, 8-bit weights are turned back once for all of them and a bfloat16 product is faster; the
+than FEW rows of activations, 8-bit weights are turned back once for all of them and a product (`_many`) is faster; the
 4-bit kernel's layout differs between CPUs, so it is used for any number of rows. Measured on one core with AVX-512,
 1536 x 576, one row of activations, weights not in the cache: float32 363 us, bfloat16 251, 8 bits 137, 4 bits 51.
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.engines._layers import write_layers
+from fivefold.engines._layers._many import times
 from fivefold.errors import ModelError
 from fivefold.weights import StoredTensor
 
@@ -101,8 +102,8 @@ class PackedLinear(nn.Module):
         self.scale = nn.Buffer(torch.stack((packed["scale"].T, packed["zero"].T), 2).contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features).bfloat16()
-        y = self._kernel(flat) if self.bits == 4 or len(flat) <= FEW else self._dequantized(flat)
+        flat = x.reshape(-1, self.in_features)
+        y = self._kernel(flat.bfloat16()) if self.bits == 4 or len(flat) <= FEW else self._dequantized(flat)
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -113,7 +114,7 @@ class PackedLinear(nn.Module):
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.qweight, self.group, self.scale)
 
     def _dequantized(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.qweight.bfloat16()) * self.scale
+        return times(x, self.qweight) * self.scale
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}"
