@@ -45,8 +45,8 @@ def told(name: str) -> str:
         return ""
     with_, without = found["with"], found["without"]
     return (
-        f"`{with_['recipe']}` against `{without['recipe']}` on SmolLM2-135M: KL {with_['kl']:.3g} ({without['kl']:.3g}),"
-        f" agreement {with_['agreement']:.3f} ({without['agreement']:.3f})"
+        f"`{with_['recipe']}` against `{without['recipe']}` on SmolLM2-135M: KL {with_['kl']:.3g}"
+        f" ({without['kl']:.3g}), agreement {with_['agreement']:.3f} ({without['agreement']:.3f})"
     )
 
 
