@@ -1,14 +1,14 @@
-"""The gather kernels against dense bfloat16 products, one token at a time.
+"""The gather kernels against dense products, one token at a time.
 
     python benchmarks/kernel_gather.py [--threads 1] [--rounds 15] [--sparsity 0.25,0.4,0.5,0.75] [--keep]
 
 Layers as the torch engine holds them, called from Python. The layers of a row fill several times the last-level cache
 and are read in turn, as when decoding, so every call reads from memory; the activations are random, and so are the
-places skipped. Three kinds take turns within a round: PyTorch's own bfloat16 product ("torch"), the gather kernel with
-nothing skipped ("dense"), and with a share skipped ("gather"). Ratios are medians over rounds with their
+places skipped. The kinds take turns within a round: PyTorch's own bfloat16 product ("torch"), the same in float32, the
+gather kernel with nothing skipped ("dense"), and with a share skipped. Ratios are medians over rounds with their
 distribution-free 95 % interval. The limit of a kind is the bytes it must read over the bandwidth that `fivefold doctor`
 measured with as many threads; "dense at its limit" is how many times faster than the gather kernel a perfect dense
-product would be: above 1 it would beat it.
+product in bfloat16 would be: above 1 it would beat it. Machines with AVX-512 and without have a fragment each.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ LINEAR = ((576, 576), (576, 1536), (1536, 576), (2048, 5504), (5504, 2048))
 FEED_FORWARD = ((576, 1536), (2048, 5504))
 FILL = 160 << 20
 RANK = 32
+DENSE = ("torch", "float32")
 Kinds = dict[str, Callable[[], Any]]
 
 
@@ -47,30 +48,49 @@ class Plain(nn.Module):
         super().__init__()
         self.gate, self.up, self.down = random(ffn, width), random(ffn, width), random(width, ffn)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Plain:
+        self.gate, self.up, self.down = fn(self.gate), fn(self.up), fn(self.down)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         f = nn.functional
         return f.linear(f.silu(f.linear(x, self.gate)) * f.linear(x, self.up), self.down)
+
+
+class Wide(nn.Module):
+    """A dense layer in float32 for bfloat16 activations."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float()).bfloat16()
 
 
 def quantile(values: Tensor, share: float) -> float:
     return float(values.float().flatten().sort().values[int(share * values.numel()) - 1]) if share else 0.0
 
 
+def dense_kinds(make: Callable[[], nn.Module]) -> Kinds:
+    return {"torch": make, "float32": lambda: Wide(make())}
+
+
 def linears(inputs: int, outputs: int, x: Tensor, shares: Sequence[float]) -> tuple[Kinds, dict[str, float]]:
     """How to make a layer of each kind, and the bytes it reads."""
     cuts = {f"{share:g}": quantile(x.abs(), share) for share in shares}
     size = 2.0 * inputs * outputs
-    kinds: Kinds = {"torch": lambda: nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16)}
+    kinds = dense_kinds(lambda: nn.Linear(inputs, outputs, bias=False, dtype=torch.bfloat16))
     for name, cut in {"dense": 0.0, **cuts}.items():
         kinds[name] = lambda cut=cut: ThresholdedLinear(random(inputs, outputs), None, cut)
-    return kinds, {"torch": size, "dense": size, **{f"{s:g}": size * (1 - s) for s in shares}}
+    return kinds, {"torch": size, "float32": 2 * size, "dense": size, **{f"{s:g}": size * (1 - s) for s in shares}}
 
 
 def feed_forwards(width: int, ffn: int, x: Tensor, way: str, shares: Sequence[float]) -> tuple[Kinds, dict[str, float]]:
     act, third = nn.functional.silu, 2.0 * width * ffn
     gate = random(ffn, width)
-    kinds: Kinds = {"torch": lambda: Plain(width, ffn)}
-    sizes = {"torch": 3 * third}
+    kinds = dense_kinds(lambda: Plain(width, ffn))
+    sizes = {"torch": 3 * third, "float32": 6 * third}
 
     def thresholded(share: float) -> nn.Module:
         cut, both = quantile(x.abs(), share), random(2 * ffn, width)
@@ -125,14 +145,14 @@ def measured(
                 took = per_call(layers[name], x)
                 if turn:
                     times[name].append(took)
-    rows = []
-    for name in kinds:
-        if name != "torch":
+    rows, names = [], list(kinds)
+    for name in names:
+        if name not in DENSE:
             assert abs(skipped(layers[name]) - (0 if name == "dense" else float(name))) < 0.02, f"{what} {name}"
         ours = statistics.median(times[name])
         over = [
             interval(Quantity.median_of([a / b for a, b in zip(times[base], times[name], strict=True)], "x"))
-            if name not in ("torch", base) else "-" for base in ("torch", "dense")
+            if names.index(base) < names.index(name) else "-" for base in names[:3]
         ]
         rows.append([what, name, number(ours * 1e6, 1), *over, number(sizes[name] / bandwidth / ours),
                      number(ours * bandwidth / whole)])
@@ -161,10 +181,12 @@ def main() -> None:
             made = feed_forwards(width, ffn, x, way, shares)
             rows += measured(f"feed-forward {width}, {ffn} by {way}", made, x, asked.rounds, bandwidth)
     heads = ("layer (inputs x outputs)", "kind or share skipped", "us", "times faster than torch",
-             "times faster than dense", "share of limit", "dense at its limit")
+             "than float32", "than dense", "share of limit", "dense at its limit")
     said = f"One token, {asked.threads} thread(s), {asked.rounds} rounds; predictors of rank {RANK}."
-    publish("kernel_gather", "Skipping inputs and neurons against dense bfloat16", f"{said}\n\n{table(heads, rows)}",
-            packages=("torch",), keep=asked.keep)
+    name, title = "kernel_gather", "Skipping inputs and neurons against dense bfloat16"
+    if "avx512" not in Machine.load().isa:
+        name, title = f"{name}_avx2", f"{title}, without AVX-512"
+    publish(name, title, f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
 
 
 if __name__ == "__main__":

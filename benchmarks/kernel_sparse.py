@@ -1,14 +1,15 @@
-"""The kernel for weights without their zeros against the dense bfloat16 product, one row of activations.
+"""The kernel for weights without their zeros against dense products, one row of activations.
 
-    python benchmarks/kernel_sparse.py [--threads 2] [--rounds 15] [--inputs 1] [--cpu-time]
+    python benchmarks/kernel_sparse.py [--threads 2] [--rounds 15] [--inputs 1] [--cpu-time] [--keep]
 
 Shapes are those of SmolLM2-135M and a larger one. The matrices of a shape fill several times the last-level cache and
-are read in turn, as when decoding, so every call reads from memory. Rounds of the two kinds alternate; times are
-medians over rounds. The limit is the bytes of the stored matrix over the bandwidth that `fivefold doctor` measured with
+are read in turn, as when decoding, so every call reads from memory. The kinds take turns; times are medians over
+rounds, speed-ups the medians of the rounds' ratios. The limit is the bytes of the stored matrix over the bandwidth that `fivefold doctor` measured with
 as many threads. "over perfect dense" is the sparse time over what reading the dense bfloat16 matrix takes at that
 bandwidth: below 1, no dense product can be as fast. Dense is PyTorch's `linear` in bfloat16, what the torch engine
-computes a dense model with. `--cpu-time` is for a machine that is busy with other work: one thread, its processor time
-instead of the clock.
+computes a dense model with, and in float32, on some processors the faster. `--cpu-time` is for a machine that is busy
+with other work: one thread, its processor time instead of the clock. Machines with AVX-512 and without have a fragment
+each.
 """
 
 from __future__ import annotations
@@ -57,20 +58,24 @@ def measured(rows: int, columns: int, kind: str, asked: argparse.Namespace, band
     one = SparseLinear(pack(weight), columns)
     size, plain = one.mask.nbytes + one.values.nbytes + one.offsets.nbytes, rows * columns * 2
     sparse, count = copies(one, max(2, FILL // size)), max(2, FILL // plain)
-    dense = [nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16) for _ in range(count)]
-    for layer in dense:
-        layer.weight.data = weight.bfloat16()
+    kinds: dict[str, list[nn.Module]] = {"sparse": [*sparse]}
+    for name, dtype in (("dense", torch.bfloat16), ("float32", torch.float32)):
+        kinds[name] = [nn.Linear(columns, rows, bias=False, dtype=dtype) for _ in range(count)]
+        for layer in kinds[name]:
+            layer.weight.data = weight.to(dtype, copy=True)
     x = torch.randn(asked.inputs, columns).bfloat16()
     clock = time.thread_time if asked.cpu_time else time.perf_counter
-    times: dict[str, list[float]] = {"sparse": [], "dense": []}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
     with torch.inference_mode():
         for turn in range(asked.rounds + 1):
-            for name, layers in (("sparse", sparse), ("dense", dense))[:: 1 if turn % 2 else -1]:
-                times[name].append(per_call(layers, x, clock))
-    ours, theirs = (statistics.median(times[name][1:]) for name in ("sparse", "dense"))
+            for name in list(kinds)[:: 1 if turn % 2 else -1]:
+                times[name].append(per_call(kinds[name], x.float() if name == "float32" else x, clock))
+    ours, theirs, wide = (statistics.median(found[1:]) for found in times.values())
+    ratios = [statistics.median(b / a for a, b in zip(times["sparse"][1:], times[name][1:], strict=True))
+              for name in ("dense", "float32")]
     return [
         f"{rows} x {columns}", kind, number(size / rows / columns, 3), number(ours * 1e6, 1), number(theirs * 1e6, 1),
-        number(theirs / ours), number(size / bandwidth / ours), number(plain / bandwidth / theirs),
+        number(wide * 1e6, 1), *map(number, ratios), number(size / bandwidth / ours), number(plain / bandwidth / theirs),
         number(ours / (plain / bandwidth)),
     ]
 
@@ -94,11 +99,13 @@ def main() -> None:
         measured(*shape, kind, asked, bandwidth)
         for shape in SHAPES for kind in asked.kinds.split(",")
     ]
-    heads = ("matrix", "zeros", "bytes per weight", "sparse us", "dense us", "speed-up", "sparse: share of limit",
-             "dense: share of limit", "over perfect dense")
+    heads = ("matrix", "zeros", "bytes per weight", "sparse us", "dense us", "float32 us", "speed-up", "over float32",
+             "sparse: share of limit", "dense: share of limit", "over perfect dense")
     said = f"{asked.inputs} row(s) of activations, {asked.threads} thread(s){', processor time' * asked.cpu_time}."
-    publish("kernel_sparse", "Weights without their zeros against dense bfloat16", f"{said}\n\n{table(heads, rows)}",
-            packages=("torch",), keep=asked.keep)
+    name, title = "kernel_sparse", "Weights without their zeros against dense bfloat16"
+    if "avx512" not in Machine.load().isa:
+        name, title = f"{name}_avx2", f"{title}, without AVX-512"
+    publish(name, title, f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
 
 
 if __name__ == "__main__":

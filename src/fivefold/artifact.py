@@ -173,7 +173,9 @@ class Artifact:
         name = str(self.manifest["model"]["path"])
         if not _inside(self.path, name):
             raise StoreError(f"{self.path / MANIFEST} points outside the artifact; do not use it")
-        model = replace(model_from_json(self.manifest["model"]), path=self.path / name)
+        model = _moved(model_from_json(self.manifest["model"]), self.path, name)
+        if model.decode.draft is not None:
+            gguf_header(model.decode.draft)
         if model.format == "gguf":
             gguf_header(model.path)
         else:
@@ -198,7 +200,7 @@ class Artifact:
             for name in self.manifest["files"]:
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self.path / name, work / name)
-            copied = replace(model or self.model(), path=work / self.manifest["model"]["path"], origin=None)
+            copied = _moved(replace(model or self.model(), origin=None), work, self.manifest["model"]["path"])
             made = Made(
                 model=copied, recipe=recipe or self.recipe, seconds=float(self.manifest["seconds"]), facts=self.facts,
                 card=card if card is not None else self.card,
@@ -207,15 +209,22 @@ class Artifact:
         return Artifact.open(to)
 
 
+def _moved(model: Model, folder: Path, name: str) -> Model:
+    """The same model with its files, the drafting one's too, in `folder`."""
+    draft = model.decode.draft and folder / model.decode.draft.name
+    return replace(model, path=folder / name, decode=replace(model.decode, draft=draft))
+
+
 def _inside(folder: Path, name: str) -> bool:
     return (folder / name).resolve().is_relative_to(folder.resolve())
 
 
 def seal(folder: Path, made: Made, key: str, readme: str | None = None) -> None:
     """Write recipe, card, README and manifest into a finished folder."""
-    inside = made.model.path.relative_to(folder)
+    inside, draft = made.model.path.relative_to(folder), made.model.decode.draft
     plan = replace(made.model.export, importance=None, solved=None)
-    model = made.model.but(path=inside, export=plan, work=None, calibration=None)
+    decode = replace(made.model.decode, draft=draft and draft.relative_to(folder))
+    model = made.model.but(path=inside, decode=decode, export=plan, work=None, calibration=None)
     write_text(folder / "recipe.txt", made.recipe + "\n")
     if made.card is not None:
         write_text(folder / "card.json", _json(made.card))

@@ -135,10 +135,19 @@ class TrainPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """How tokens are drawn. `lookup_tokens` > 0 drafts that many tokens from the prompt (prompt lookup)."""
+    """How tokens are drawn. `lookup_tokens` > 0 drafts that many tokens from the prompt (prompt lookup), `draft_tokens`
+    > 0 by the smaller model in the GGUF file `draft`, in a plan of `draft_bytes`."""
 
     lookup_ngram: int = 2
     lookup_tokens: int = 0
+    draft: Path | None = None
+    draft_tokens: int = 0
+    draft_bytes: float = 0.0
+
+    @property
+    def drafted(self) -> int:
+        """Most tokens that are guessed at once."""
+        return max(self.lookup_tokens, self.draft_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +238,7 @@ def plan_to_json(plan: Any) -> dict[str, Any]:
 
 
 _PLANS = {"train": TrainPlan, "decode": DecodePlan, "run": RunPlan, "export": ExportPlan}
-_PATHS = {"path", "calibration", "work", "importance", "solved", "data"}
+_PATHS = {"path", "calibration", "work", "importance", "solved", "data", "draft"}
 
 
 def model_to_json(model: Model) -> dict[str, Any]:

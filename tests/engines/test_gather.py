@@ -1,4 +1,4 @@
-"""The gather kernels against products written out in float64, with AVX-512 and without."""
+"""The gather kernels against products written out in float64, with AVX-512, without it and as plain loops."""
 
 import ctypes
 from pathlib import Path
@@ -20,14 +20,14 @@ ACTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["native", "plain"])
+@pytest.fixture(scope="module", params=["", "-U__AVX512F__", "-DPLAIN"], ids=["native", "without AVX-512", "plain"])
 def library(request, tmp_path_factory):
-    if request.param == "native":
+    if not request.param:
         return _gather.kernels()
-    target = tmp_path_factory.mktemp("plain") / "gather.so"
+    target = tmp_path_factory.mktemp("other") / "gather.so"
     source = Path(_native.__file__).parent / "native" / "gather.cpp"
     compiler = _native._compiler("gather")
-    _native._build("gather", [compiler, str(source), *_native.FLAGS, *_native._openmp(), "-DPLAIN"], target)
+    _native._build("gather", [compiler, str(source), *_native.FLAGS, *_native._openmp(), request.param], target)
     return _gather.declared(ctypes.CDLL(str(target)))
 
 

@@ -18,7 +18,7 @@ from fivefold.weights import read_tensors
 
 @pytest.fixture(params=["this processor", "plain loops"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel as compiled for this machine, and as compiled for one without AVX-512."""
+    """The kernel as compiled for this machine, and as compiled for one without AVX2 and AVX-512."""
     if request.param == "plain loops":
         monkeypatch.setattr(_native, "FLAGS", tuple(f for f in _native.FLAGS if f != "-march=native"))
     _native.load.cache_clear()
@@ -75,6 +75,23 @@ def test_the_kernel_multiplies_what_is_stored(
         x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count)).bfloat16().float()
         want, got = x.double() @ matrix.T, layer(x).double()
         assert (got - want).norm() / want.norm() < (1e-5 if count <= grouped.FEW else 1e-2)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_neighbours_of_very_different_size_do_not_spoil_the_product(kernel: None, bits: int) -> None:
+    packed, matrix = drawn(48, 192, bits, 64, True)
+    layer = GroupedLinear(packed, 48, 192)
+    x = torch.randn(1, 192, generator=torch.Generator().manual_seed(1)).bfloat16().float()
+    for factor in (1e3, 1e30, 1e-30):
+        mixed = x.clone()
+        mixed[:, ::6] *= factor
+        mixed = mixed.bfloat16().float()
+        want = mixed.double() @ matrix.T
+        assert (layer(mixed).double() - want).norm() / want.norm() < 2**-15
+    assert not layer(torch.zeros(1, 192)).any()
+    for bad in (float("inf"), float("-inf"), float("nan")):
+        x[0, 7] = bad
+        assert not layer(x).isfinite().any()
 
 
 def test_more_threads_compute_the_same(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,10 +25,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["as compiled here", "without VNNI"])
+@pytest.fixture(params=["", "-U__AVX512VNNI__", "-DPLAIN"], ids=["as compiled here", "without VNNI", "plain"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "without VNNI":
-        monkeypatch.setattr(_native, "FLAGS", (*_native.FLAGS, "-U__AVX512VNNI__"))
+    if request.param:
+        monkeypatch.setattr(_native, "FLAGS", (*_native.FLAGS, request.param))
         monkeypatch.setattr(_native, "load", _native.load.__wrapped__)
         library = int8_activations._library.__wrapped__()
         monkeypatch.setattr(int8_activations, "_library", lambda: library)

@@ -92,26 +92,26 @@ def test_threads_do_not_change_the_result() -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-def test_the_plain_source_computes_the_same(tmp_path: Path) -> None:
-    """Compiled for a processor without the instruction that spreads weights."""
+@pytest.mark.parametrize("flag", ["-U__AVX512VBMI2__", "-DPLAIN"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (11, 77), (16, 64), (3, 107)])
+def test_other_processors_compute_the_same(tmp_path: Path, flag: str, rows: int, columns: int) -> None:
     compiler = next((c for c in _native.COMPILERS if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     source = Path(_native.__file__).parent / "native" / "sparse.cpp"
-    file = tmp_path / "plain.so"
-    flags = ["-O1", "-std=c++17", "-shared", "-fPIC"]
-    subprocess.run([compiler, str(source), *flags, "-o", str(file)], check=True, timeout=300)
-    fast = SparseLinear(pack(matrix(11, 77, 0.5)), 77)
-    plain = SparseLinear(pack(matrix(11, 77, 0.5)), 77)
+    file = tmp_path / "other.so"
+    subprocess.run([compiler, str(source), *_native.FLAGS, flag, "-o", str(file)], check=True, timeout=300)
+    here = SparseLinear(pack(matrix(rows, columns, 0.5)), columns)
+    other = SparseLinear(pack(matrix(rows, columns, 0.5)), columns)
     library = ctypes.CDLL(str(file))
     for name in ("product", "unpack"):
         function = getattr(library, f"sparse_{name}")
-        function.argtypes = getattr(fast, f"_{name}").argtypes
-        setattr(plain, f"_{name}", function)
+        function.argtypes = getattr(here, f"_{name}").argtypes
+        setattr(other, f"_{name}", function)
     for dtype in (torch.float32, torch.bfloat16):
-        assert torch.equal(fast.dense(dtype), plain.dense(dtype))
-        x = torch.randn(7, 77).to(dtype)
-        torch.testing.assert_close(fast(x), plain(x))
+        assert torch.equal(here.dense(dtype), other.dense(dtype))
+        x = torch.randn(7, columns).to(dtype)
+        torch.testing.assert_close(here(x), other(x))
 
 
 def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:

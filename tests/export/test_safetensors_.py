@@ -45,3 +45,13 @@ def test_gguf_does_not_become_safetensors(make, tmp_path):
     model = export(load(folder).but(export=ExportPlan(format="gguf")), tmp_path / "out")
     with pytest.raises(ModelError, match="GGUF"):
         export(replace(model, export=ExportPlan()), tmp_path / "back")
+
+
+def test_nothing_is_written_wider_than_it_is_stored(make, tmp_path):
+    folder, _ = make("llama")
+    half = export(load(folder).but(run=RunPlan(dtype="bfloat16")), tmp_path / "half")
+    done = export(load(half.path).but(run=RunPlan(dtype="float32")), tmp_path / "out")
+    before, after = (dict(read_tensors(path)) for path in (half.path, done.path))
+    assert {t.dtype for t in after.values()} == {"BF16"}
+    assert all((before[name].raw() == after[name].raw()).all() for name in before)
+    assert json.loads((done.path / "config.json").read_text())["dtype"] == "bfloat16"

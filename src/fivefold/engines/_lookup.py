@@ -24,6 +24,8 @@ PLACES_TRIED = 16
 class Lookup:
     """The text so far and an index of its n-grams. `append` and `draft` cost microseconds at any length."""
 
+    doubts: None = None
+
     def __init__(self, tokens: Sequence[int], ngram: int = 2) -> None:
         if ngram < 1:
             raise ValueError("ngram must be at least 1")

@@ -64,6 +64,49 @@ def drawer(sampling: Sampling) -> Callable[[Logits], int]:
     return draw
 
 
+def distribution(row: Logits, sampling: Sampling) -> NDArray[np.float32]:
+    """The probabilities (vocab,) that `drawer` of these settings draws by. Raises NotFinite."""
+    import numpy as np
+
+    logits: NDArray[np.float32] = np.asarray(row)
+    if sampling.temperature == 0:
+        out = np.zeros(len(logits), np.float32)
+        out[greedy(row)] = 1.0
+        return out
+    peak = logits.max()
+    if not isfinite(peak):
+        raise NotFinite(BROKEN)
+    weights = np.exp((logits - peak) * np.float32(1 / sampling.temperature))
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
+        inside = np.zeros_like(weights)
+        inside[kept] = weights[kept]
+        weights = inside
+    weights /= weights.sum(dtype=np.float64)
+    return weights
+
+
+class Judge:
+    """Speculative sampling: a guess drawn from q is kept, or a token drawn in its place, so that p is what is drawn."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.sampling = sampling
+        self._random: np.random.Generator | None = None
+
+    def __call__(self, row: Logits, guess: int, doubt: NDArray[np.float32]) -> int:
+        import numpy as np
+
+        if self._random is None:
+            self._random = np.random.default_rng((self.sampling.seed, 1))
+        p = distribution(row, self.sampling)
+        if self._random.random() * doubt[guess] < p[guess]:
+            return guess
+        rest = np.maximum(p - doubt, 0)
+        if not rest.any():
+            return guess
+        return _inverse(rest, self._random.random())
+
+
 def greedy(logits: Logits) -> int:
     """The most probable token, the first of equals (argmax stops at a NaN, so one look finds any)."""
     token = int(logits.argmax())
@@ -89,6 +132,11 @@ def _inverse(weights: NDArray[np.float32], uniform: float) -> int:
 
 
 def _from_nucleus(weights: NDArray[np.float32], top_p: float, uniform: float) -> int:
+    kept = _nucleus(weights, top_p)
+    return int(kept[_inverse(weights[kept], uniform)])
+
+
+def _nucleus(weights: NDArray[np.float32], top_p: float) -> NDArray[np.int64]:
     """Sorts only the tokens above a floor: a rough one if those weigh enough, else the sure one of the module text."""
     import numpy as np
 
@@ -101,8 +149,8 @@ def _from_nucleus(weights: NDArray[np.float32], top_p: float, uniform: float) ->
         size = int(np.searchsorted(mass, needed)) + 1
         if size <= len(order):
             break
-    kept = order[:size]
-    return int(kept[_inverse(weights[kept], uniform)])
+    kept: NDArray[np.int64] = order[:size]
+    return kept
 
 
 def log_softmax(logits: NDArray[np.float32], out: NDArray[np.float32], block: int = 16) -> None:

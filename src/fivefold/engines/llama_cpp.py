@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from fivefold.engines import Sampling
 from fivefold.engines import _llama_abi as abi
+from fivefold.engines._draft_model import opened
 from fivefold.engines._drafting import generated, groups
 from fivefold.engines._llama_context import Context, Logits, Tokens
 from fivefold.engines._quantize import row_bytes, storage_type
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("gguf",)
 EXTRA = None
+DRAFTS = True
 SCORED = 128
 CELLS = 256
 MOST_SEQUENCES = 64
@@ -84,6 +86,7 @@ class LlamaSession:
         self._turn = 0
         abi.give_back()  # what the process freed before must not stand beside the weights (a server's tokenizer: 25 MB)
         self._model = self._load(model.path)
+        self._draft = opened(model)
         abi.give_back()
 
     def _load(self, path: Path) -> Any:
@@ -129,16 +132,17 @@ class LlamaSession:
 
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
-        return self._draw(ids, max_tokens, drawer(sampling), sampling.stop)
+        drawer(sampling)
+        return self._draw(ids, max_tokens, sampling)
 
-    def _draw(
-        self, prompt: Tokens, max_tokens: int, draw: Callable[[Logits], int], stop: frozenset[int]
-    ) -> Iterator[int]:
-        context = self._fitting(len(prompt) + max_tokens, outputs=1 + self.decode.lookup_tokens)
-        turn = self._turn
+    def _draw(self, prompt: Tokens, max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        most = self.decode.drafted
+        context = self._fitting(len(prompt) + max_tokens, outputs=1 + most)
+        turn, ids = self._turn, prompt.tolist()
+        drafter = None if self._draft is None else self._draft.text(ids, max_tokens, most, sampling)
         yield from generated(
-            _Text(context, prompt, self._prefill), prompt.tolist(), max_tokens, self.decode, draw, stop,
-            lambda: turn == self._turn,
+            _Text(context, prompt, self._prefill), ids, max_tokens, self.decode, sampling, lambda: turn == self._turn,
+            drafter,
         )
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -173,6 +177,7 @@ class LlamaSession:
             "cache_type": self.cache_type.name,
             "cache_bytes_per_token": 2 * self.blueprint.layers * row_bytes(self.cache_type.name, cache_width),
             "lookup_tokens": self.decode.lookup_tokens,
+            "draft_tokens": self.decode.draft_tokens,
         }
 
     def _mix(self) -> Counter[str]:
@@ -186,6 +191,8 @@ class LlamaSession:
         if self._context is not None:
             self._context.close()
             self._context = None
+        if self._draft is not None:
+            self._draft.close()
         if self._model is not None:
             self._ffi.release(self._model)
             self._model = None

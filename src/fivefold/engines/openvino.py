@@ -138,16 +138,14 @@ class OpenVINOSession:
 
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
-        return self._draw(ids, max_tokens, drawer(sampling), sampling.stop)
+        drawer(sampling)
+        return self._draw(ids, max_tokens, sampling)
 
-    def _draw(
-        self, prompt: NDArray[np.int64], max_tokens: int, draw: Callable[[NDArray[np.float32]], int],
-        stop: frozenset[int],
-    ) -> Iterator[int]:
+    def _draw(self, prompt: NDArray[np.int64], max_tokens: int, sampling: Sampling) -> Iterator[int]:
         turn = self._start()
         room = len(prompt) + max(0, max_tokens) * (1 + self.decode.lookup_tokens)
         yield from generated(
-            _Text(self._forward, prompt, room), prompt.tolist(), max_tokens, self.decode, draw, stop,
+            _Text(self._forward, prompt, room), prompt.tolist(), max_tokens, self.decode, sampling,
             lambda: turn == self._turn,
         )
 

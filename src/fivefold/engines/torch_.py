@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from fivefold.engines import Sampling
 from fivefold.engines._adapter import attach
+from fivefold.engines._draft_model import opened
 from fivefold.engines._drafting import generated, groups
 from fivefold.engines._kivi_type import KiviType
-from fivefold.engines._sampling import BROKEN, drawer, log_softmax
+from fivefold.engines._sampling import BROKEN, log_softmax
 from fivefold.engines._torch_errors import check_loaded, memory, one_sentence
 from fivefold.errors import DataError, NotFinite
 from fivefold.model import Model
@@ -33,6 +34,7 @@ from fivefold.model import Model
 FORMATS = ("safetensors",)
 EXTRA = None
 ADAPTERS = True
+DRAFTS = True
 SCORED = 512
 GREEDY = Sampling()
 
@@ -59,6 +61,7 @@ class TorchSession:
             self._prefix, self.adapter = attach(self._model, model.path)
         self._room = min(self.run.context, self._prefix.room() if self._prefix else self.run.context)
         self._before = self._prefix.length if self._prefix else 0
+        self._draft = opened(model)
         self._kivi = KiviType.parse(self.run.cache_type)
         if self._kivi:
             from fivefold.engines._kivi import check
@@ -105,7 +108,7 @@ class TorchSession:
             if self._kivi and fresh:
                 from fivefold.engines._kivi import KiviCache
 
-                cache = KiviCache(self._kivi, slack=self.decode.lookup_tokens, before=cache, mask=mask)
+                cache = KiviCache(self._kivi, slack=self.decode.drafted, before=cache, mask=mask)
             ids = torch.tensor(rows)
             out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=keep, **more)
             return out.logits.float().numpy(), out.past_key_values
@@ -123,7 +126,9 @@ class TorchSession:
     def generate(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling = GREEDY) -> Iterator[int]:
         ids = self._checked(prompt, len(prompt) + max_tokens)
         text = _Text(self._forward, self._as_decoded, ids, self._before)
-        return generated(text, ids, max_tokens, self.decode, drawer(sampling), sampling.stop)
+        most = self.decode.drafted
+        drafter = None if self._draft is None else self._draft.text(ids, max_tokens, most, sampling)
+        return generated(text, ids, max_tokens, self.decode, sampling, drafter=drafter)
 
     def generate_batch(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Groups of `run.batch` prompts at once (all of them when that is 1)."""
@@ -168,6 +173,7 @@ class TorchSession:
             "cache_type": str(self._kivi or self.run.dtype),
             "cache_bytes_per_token": self.blueprint.cache_bytes_per_token(self._cache_element()),
             "lookup_tokens": self.decode.lookup_tokens,
+            "draft_tokens": self.decode.draft_tokens,
             **({"adapter": self.adapter} if self.adapter else {}),
         }
 
@@ -181,6 +187,8 @@ class TorchSession:
         return {self.run.dtype: len(list(self._model.parameters())), **dict(sorted(kinds.items()))}
 
     def close(self) -> None:
+        if self._draft is not None:
+            self._draft.close()
         self._model = None
 
     def _checked(self, tokens: Sequence[int], length: int) -> list[int]:

@@ -7,18 +7,34 @@ swapped. What may not live here: techniques, engines' sessions, measuring.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fivefold.errors import ModelError
+from fivefold.files import storage
 from fivefold.model import Model
+
+DRAFT = "draft.gguf"
 
 
 def export(model: Model, folder: Path) -> Model:
     """Write `model.export` into `folder` (made if need be) and return the Model that points at the result.
 
     A GGUF model that no technique changed is already in its final form and is returned as it is. Raises ModelError
-    when the plan cannot be written, StoreError when the disk refuses, NotFinite when a weight is NaN or infinite.
+    when the plan cannot be written, StoreError when the disk refuses, NotFinite when a weight is NaN or infinite. The
+    file of a drafting model is copied beside it as `DRAFT`.
     """
+    done = _written(model, folder)
+    if model.decode.draft is None:
+        return done
+    import shutil
+
+    with storage(folder):
+        target = shutil.copyfile(model.decode.draft, folder / DRAFT)
+    return done.but(decode=replace(done.decode, draft=Path(target)))
+
+
+def _written(model: Model, folder: Path) -> Model:
     if model.format == "gguf":
         if model.export.format != "gguf":
             raise ModelError(f"{model.path.name} is a GGUF file and cannot become safetensors; start from its folder")

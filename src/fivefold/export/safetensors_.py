@@ -1,8 +1,8 @@
-"""A Hugging Face folder in the dtype the run plan asks for: float32, or bfloat16 at half the bytes.
+"""A Hugging Face folder: tensors in the type they have, or all floats in bfloat16 where the run plan asks for that.
 
-bfloat16 keeps float32's range with 8 bits of precision (relative rounding error up to 2^-9); it halves what one token
-must read from memory. Integer tensors, and the scales that belong to them, keep their type. An adapter beside the
-weights is copied as it is.
+bfloat16 keeps float32's range with 8 bits of precision (relative rounding error up to 2^-9). Wider than it is stored
+nothing is written: a folder of bfloat16 that is computed in float32 stays at 2 bytes per weight. Integer tensors, and
+the scales that belong to them, keep their type. An adapter beside the weights is copied as it is.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class Converted:
         values = self.source.numpy()
         if not np.isfinite(values).all():
             raise NotFinite(f"{self.source.name} holds NaN or infinity")
-        out: NDArray[Any] = to_bfloat16(values) if self.dtype == "BF16" else values.astype("<f4", copy=False)
+        kind = {"F32": "<f4", "F16": "<f2"}.get(self.dtype)
+        out: NDArray[Any] = to_bfloat16(values) if kind is None else values.astype(kind, copy=False)
         return out.reshape(-1).view(np.uint8)
 
 
@@ -61,13 +62,17 @@ def _otherwise_stored(folder: Path) -> list[str]:
         return []
 
 
+def _written(tensor: StoredTensor, computed: str) -> str:
+    return "BF16" if computed == "bfloat16" else "F32" if tensor.dtype == "F64" else tensor.dtype
+
+
 def write_folder(model: Model, folder: Path) -> Model:
     """Copy or convert `model.path` into `folder`, one tensor in memory at a time."""
-    dtype = {"float32": "F32", "bfloat16": "BF16"}[model.run.dtype]
     stored = dict(read_tensors(model.path))
     kept = tuple(f"{module}." for module in _otherwise_stored(model.path))
     tensors = {
-        name: Converted(tensor, dtype) if tensor.dtype in FLOATS and not name.startswith(kept) else tensor
+        name: Converted(tensor, _written(tensor, model.run.dtype))
+        if tensor.dtype in FLOATS and not name.startswith(kept) else tensor
         for name, tensor in stored.items()
     }
     with storage(folder):
@@ -76,9 +81,10 @@ def write_folder(model: Model, folder: Path) -> Model:
         if (model.path / ADAPTER).is_dir():
             shutil.copytree(model.path / ADAPTER, folder / ADAPTER, dirs_exist_ok=True)
     config = {k: v for k, v in read_config(model.path).items() if k != "torch_dtype"}
-    dump_json(folder / "config.json", {**config, "dtype": model.run.dtype})
-    write_safetensors(folder / "model.safetensors", tensors)
     kinds = Counter(tensor.dtype for tensor in tensors.values())
+    half = kinds["BF16"] and not kinds["F32"]
+    dump_json(folder / "config.json", {**config, "dtype": "bfloat16" if half else "float32"})
+    write_safetensors(folder / "model.safetensors", tensors)
     size = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] for t in tensors.values())
     said = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     return model.but(path=folder, format="safetensors").covered(f"safetensors: {said}; {size} bytes of weights")

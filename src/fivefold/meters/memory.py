@@ -88,8 +88,10 @@ class PeakMemory:
 
 
 def weight_bytes(model: Model) -> Quantity:
-    """Bytes of the weights on disk: a GGUF file, or every safetensors file of a folder."""
+    """Bytes of the weights on disk: a GGUF file, or every safetensors file of a folder, and a drafting model's."""
     files = [model.path] if model.path.is_file() else sorted(model.path.glob("*.safetensors"))
+    if files and model.decode.draft is not None:
+        files.append(model.decode.draft)
     if not files:
         return Quantity.missing("byte", f"there are no weights at {model.path.name}", "counted")
     return Quantity(value=sum(f.stat().st_size for f in files), unit="byte", method="counted")

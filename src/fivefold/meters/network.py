@@ -33,7 +33,7 @@ def ship_bytes(model: Model, devices: int = 1) -> Quantity:
     if model.path.is_dir():
         files = [f for f in model.path.rglob("*") if f.is_file()]
     else:
-        files = [f for f in (model.path, model.tokenizer_file) if f.is_file()]
+        files = [f for f in (model.path, model.tokenizer_file, model.decode.draft) if f and f.is_file()]
     return Quantity(value=devices * sum(f.stat().st_size for f in files), unit="byte", method="counted")
 
 

@@ -9,17 +9,11 @@ Scales are counted with the bits; norms and other vectors are small and counted 
 
 from __future__ import annotations
 
+from fivefold.meters import memory
 from fivefold.model import Blueprint, ExportPlan, Model
-from fivefold.techniques._shared.gguf_types import bits
+from fivefold.techniques._shared.gguf_types import bits, gguf_bytes
 
 DTYPE_TYPE = {"float32": "f32", "bfloat16": "bf16"}
-
-
-def gguf_bytes(blueprint: Blueprint, storage: str, embedding: str | None) -> float:
-    table = blueprint.vocab * blueprint.width
-    others = blueprint.parameters - table * (1 if blueprint.tied else 2)
-    head = 0.0 if blueprint.tied else table * bits(storage)
-    return (others * bits(storage) + head + table * bits(embedding or storage)) / 8
 
 
 def folder_bytes(blueprint: Blueprint, plan: ExportPlan, own: float) -> float:
@@ -32,12 +26,12 @@ def folder_bytes(blueprint: Blueprint, plan: ExportPlan, own: float) -> float:
 
 def planned_bytes(parent: Model, planned: Model) -> tuple[float, float]:
     """(bytes of the file, bytes of weights read per token) of what `planned` will make of `parent`."""
-    plan, shape = planned.export, planned.blueprint
+    plan, shape, draft = planned.export, planned.blueprint, planned.decode.draft_bytes
     if plan.format == "gguf":
         whole = gguf_bytes(shape, plan.default, plan.embedding)
-        return whole, whole
+        return whole + draft, whole
     computed = bits(DTYPE_TYPE[planned.run.dtype])
-    return folder_bytes(shape, plan, own_bits(parent)), folder_bytes(shape, plan, computed)
+    return folder_bytes(shape, plan, own_bits(parent)) + draft, folder_bytes(shape, plan, computed)
 
 
 def own_bits(model: Model) -> float:
@@ -46,6 +40,5 @@ def own_bits(model: Model) -> float:
 
 
 def size_on_disk(model: Model) -> float:
-    if model.path.is_file():
-        return float(model.path.stat().st_size)
-    return float(sum(f.stat().st_size for f in model.path.glob("*.safetensors")))
+    """Bytes of the weights, a drafting model's too."""
+    return memory.weight_bytes(model).value or 0.0

@@ -37,7 +37,7 @@ from fivefold.engines._type_speed import TypeSpeeds, known
 from fivefold.machine import Machine
 from fivefold.meters.energy import PowerModel
 from fivefold.metrics import METRICS
-from fivefold.model import Blueprint, Model
+from fivefold.model import Blueprint, DecodePlan, Model
 from fivefold.quantity import Measurement, Quantity
 from fivefold.recipe import Recipe, Technique
 from fivefold.study import evidence
@@ -73,6 +73,7 @@ class Outline:
     file_bytes: float
     weight_bytes: float
     """Of weights, read for each token."""
+    draft_bytes: float
     blueprint: Blueprint
     threads: int | None
     batch: int
@@ -125,10 +126,11 @@ class Predictor:
         file_bytes, weight_bytes = self._bytes(recipe, model)
         traits = Traits(
             engine=engine, storage=storage, threads=_spelled(model.run.threads), cache="" if cache == "f16" else cache,
-            batch=_spelled(model.run.batch - 1), lookup=_spelled(model.decode.lookup_tokens),
+            batch=_spelled(model.run.batch - 1), lookup=_drafted(model.decode),
         )
         return Outline(
             engine=engine, storage=storage, file_bytes=file_bytes, weight_bytes=weight_bytes,
+            draft_bytes=model.decode.draft_bytes,
             blueprint=model.blueprint, threads=model.run.threads, batch=model.run.batch,
             cache_bytes=kivi.mean_bytes(model.run.context, exact) if kivi else exact,
             dtype=model.run.dtype if engine == "torch" else "float32", traits=traits,
@@ -162,7 +164,8 @@ class Predictor:
         """(of the file, of weights read per token); of the file there is when nothing builds."""
         average = average_bits(recipe)
         if average is not None:
-            return (average * planned.blueprint.parameters / 8,) * 2
+            held = average * planned.blueprint.parameters / 8
+            return held + planned.decode.draft_bytes, held
         written, read = planned_bytes(self.model, planned)
         if not recipe.build.techniques:
             there = size_on_disk(self.model)
@@ -190,7 +193,8 @@ class Predictor:
         return {
             "flops": limits.flops_per_token, "latency": latency, "ttft": ttft, "request": request, "decode": decode,
             "prefill": prefill, "size": o.file_bytes, "network": o.file_bytes, "kv": cache,
-            "memory": o.weight_bytes + cache * (self.prompt + self.output) + _BASE_MEMORY.get(o.engine, 400e6),
+            "memory": (o.weight_bytes + o.draft_bytes + cache * (self.prompt + self.output)
+                       + _BASE_MEMORY.get(o.engine, 400e6)),
             "energy": per_token * watts, "carbon": per_token * watts / 3.6e6 * 450 * 1e6,
             "money": per_token * _USD_PER_SECOND * 1e6,
         }
@@ -382,6 +386,10 @@ def _by_table(metric: str, o: Outline) -> bool:
 def _matrix_seconds(speeds: TypeSpeeds, work: Work) -> float:
     return sum(speeds.matrix_seconds(t, n) for t, n in work.layers.items()) + sum(
         speeds.matrix_seconds(t, n, head=True) for t, n in work.head.items())
+
+
+def _drafted(plan: DecodePlan) -> str:
+    return f"{plan.draft_tokens} by a model" if plan.draft_tokens else _spelled(plan.lookup_tokens)
 
 
 def _spelled(number: int | None) -> str:

@@ -8,11 +8,11 @@ and its nonzero weights in bfloat16, one after the other:
 so below a sparsity of 1/16 it costs more than it saves. Of a 2:4 pattern the usual form keeps two 2-bit places of every
 four, which are the same four bits.
 
-Up to FEW rows of activations go through the kernel (`native/sparse.cpp`), which spreads 32 weights to their columns by
-one instruction where the processor has AVX-512 VBMI2, and reads the matrix once for all of them. More are arithmetic,
-where zeros save nothing: the matrix is unpacked once and the dense product computes them. Both compute in the
-dtype of the activations and sum in float32, so rounding the weights to bfloat16 is the only loss. Without that
-instruction the kernel takes the set bits one by one, which saves memory and little or no time.
+Up to FEW rows of activations go through the kernel (`native/sparse.cpp`), which reads the matrix once for all of them
+and spreads weights to their columns, 32 by one instruction with AVX-512 VBMI2, 8 with AVX2. More are arithmetic, where
+zeros save nothing: the matrix is unpacked once and the dense product computes them. Both compute in the dtype of the
+activations and sum in float32, so rounding the weights to bfloat16 is the only loss. On other processors the kernel
+takes the set bits one by one, which saves memory and no time.
 
 `<module>.weight` is replaced by `.mask` (int32, rows x ceil(columns / 32), bit j % 32 of word j / 32 for column j) and
 `.values` (bfloat16, the nonzero weights and 32 zeros, so that a whole vector can be read at the last one).

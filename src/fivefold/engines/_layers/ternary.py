@@ -5,8 +5,9 @@
 Decoding one token reads every weight once, so time falls with their bytes; no weight is multiplied. With activations
 in 8 bits (`activations` 8: per vector, a = max|x| / 127) the sums are of whole numbers and exact. Up to FEW vectors go
 through the kernel (`native/ternary.cpp`); more are arithmetic, where few bits save nothing: the matrix is turned back
-once and the dense product computes the same. In matrices of 576 and 1,536 columns sums of floats were as fast as those
-of whole numbers: rounding the vector takes the time that the products save.
+once and the dense product computes the same. With AVX-512 sums of floats were as fast in matrices of 576 and 1,536
+columns as those of whole numbers: rounding the vector takes the time that the products save. With AVX2 whole numbers
+are faster.
 
 `<module>.weight` is replaced by `.codes` (uint8, laid out as its kernel says) and `.scale` (float16, rows x groups).
 

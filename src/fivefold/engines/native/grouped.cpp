@@ -8,7 +8,12 @@
 // words have one bit left, pair 15 takes the three top bits. Scales and offsets are half precision, 16 rows together.
 //
 // With AVX-512 a code becomes its bfloat16 value by one table look-up (vpermw reads the low five bits of every word, so
-// nothing is masked) and pairs are multiplied by vdpbf16ps: three instructions for 32 weights. Otherwise plain loops.
+// nothing is masked) and pairs are multiplied by vdpbf16ps: three instructions for 32 weights.
+//
+// With AVX2 the two columns of a pair become 16-bit whole numbers times a power of two: exact in bfloat16 unless one is
+// 2^7 times smaller than the other, and then to 2^-15 of the larger. A code stays where it lies (the power of two makes
+// up for it): a mask or shift, vpmaddwd, a conversion and a product, four instructions for 16 weights. Otherwise plain
+// loops.
 
 #include <cstdint>
 #include <cstring>
@@ -16,6 +21,9 @@
 #if defined(__AVX512BW__) && defined(__AVX512F__)
 #include <immintrin.h>
 #define WIDE 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define NARROW 1
 #endif
 
 namespace {
@@ -34,6 +42,7 @@ float from_bf16(uint16_t bits) {
     return value;
 }
 
+#ifndef NARROW
 uint16_t to_bf16(float value) {
     uint32_t bits;
     std::memcpy(&bits, &value, 4);
@@ -56,6 +65,7 @@ template <int BITS> inline int code(const uint16_t *block, int k, int i) {
     constexpr int per = 16 / BITS;
     return (block[k / per * WORDS + i] >> (k % per * BITS)) & ((1 << BITS) - 1);
 }
+#endif
 
 #ifdef WIDE
 using Vector = __m512i;
@@ -128,6 +138,112 @@ void tile_times(const Matrix &a, int64_t tile, const uint16_t *const *x, const f
     }
     for (int m = 0; m < M; ++m) _mm512_storeu_ps(y[m] + tile * ROWS, total[m]);
 }
+#elif defined(NARROW)
+using Vector = __m256i;
+constexpr int LANES = 8, HALVES = 2;  // a block has two vectors of 8 rows
+constexpr int64_t AHEAD = 2048;       // bytes
+
+// 32 columns: the halves of `whole` times `step`, which also divides by 2^place of the pair.
+struct Input {
+    int32_t whole[PAIRS];
+    float step[PAIRS];
+};
+
+inline Vector load(const void *at) { return _mm256_loadu_si256((const Vector *)at); }
+inline __m256 halves(const uint16_t *at) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at)); }
+
+// The lowest bit of the codes of pair `k` when they are multiplied; the topmost would make negative numbers.
+template <int BITS> constexpr int place(int k) {
+    constexpr int per = 16 / BITS;
+    const bool top = k / per == BITS || (k % per + 1) * BITS == 16;
+    return top ? 0 : k % per * BITS;
+}
+
+template <int BITS> std::vector<Input> inputs(const uint16_t *x, int64_t blocks) {
+    const Vector high = _mm256_set1_epi32(int(0xffff0000)), exponent = _mm256_set1_epi32(0x7f800000);
+    const Vector up = _mm256_set1_epi32(268 << 23), down = _mm256_set1_epi32(14 << 23);
+    const Vector least = _mm256_set1_epi32(27 << 23);  // numbers below 2^-115 become 0
+    std::vector<Input> out(blocks);
+    alignas(32) float places[PAIRS];
+    for (int k = 0; k < PAIRS; ++k) places[k] = 1.0f / float(1 << place<BITS>(k));
+    for (int64_t b = 0; b < blocks; ++b)
+        for (int k = 0; k < PAIRS; k += LANES) {
+            const Vector both = load(x + b * COLUMNS + 2 * k);
+            const Vector even = _mm256_slli_epi32(both, 16), odd = _mm256_and_si256(both, high);
+            const Vector size = _mm256_max_epi32(_mm256_and_si256(even, exponent), _mm256_and_si256(odd, exponent));
+            const Vector power = _mm256_max_epi32(size, least);
+            const __m256 times = _mm256_castsi256_ps(_mm256_sub_epi32(up, power));
+            auto whole = [&](Vector v) { return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_castsi256_ps(v), times)); };
+            const Vector pair = _mm256_blend_epi16(whole(even), _mm256_slli_epi32(whole(odd), 16), 0xaa);
+            const __m256 unit = _mm256_castsi256_ps(_mm256_sub_epi32(power, down));
+            const __m256 step = _mm256_mul_ps(unit, _mm256_load_ps(places + k));
+            const Vector nan = _mm256_cmpeq_epi32(size, exponent);  // infinite or no number: no sum is one
+            _mm256_storeu_si256((Vector *)(out[b].whole + k), pair);
+            _mm256_storeu_ps(out[b].step + k, _mm256_or_ps(step, _mm256_castsi256_ps(nan)));
+        }
+    return out;
+}
+
+template <int BITS, int M, int CHAINS>
+inline void block_times(const uint16_t *block, const Input *const *x, __m256 (*sum)[HALVES][CHAINS]) {
+    auto add = [&](Vector codes, int half, int k) {
+        for (int m = 0; m < M; ++m) {
+            const Vector whole = _mm256_madd_epi16(codes, _mm256_set1_epi32(x[m]->whole[k]));
+            __m256 &to = sum[m][half][k % CHAINS];
+            to = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(x[m]->step[k]), to);
+        }
+    };
+    constexpr int per = 16 / BITS;
+    Vector rest[HALVES] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+#pragma GCC unroll 8
+    for (int v = 0; v < BITS; ++v) {
+        _mm_prefetch((const char *)(block + v * WORDS) + AHEAD, _MM_HINT_T0);
+        const Vector words[HALVES] = {load(block + v * WORDS), load(block + v * WORDS + WORDS / 2)};
+#pragma GCC unroll 8
+        for (int n = 0; n < per; ++n)
+#pragma GCC unroll 2
+            for (int h = 0; h < HALVES; ++h) {
+                const Vector mask = _mm256_set1_epi16(short(((1 << BITS) - 1) << n * BITS));
+                const bool top = (n + 1) * BITS == 16;
+                add(top ? _mm256_srli_epi16(words[h], n * BITS) : _mm256_and_si256(words[h], mask), h, v * per + n);
+            }
+        if (BITS == 3)
+            for (int h = 0; h < HALVES; ++h)
+                rest[h] = _mm256_or_si256(rest[h], _mm256_slli_epi16(_mm256_srli_epi16(words[h], 15), v));
+    }
+    if (BITS == 3)
+        for (int h = 0; h < HALVES; ++h) add(rest[h], h, 15);
+}
+
+template <int BITS, int M>
+void tile_times(const Matrix &a, int64_t tile, const Input *const *x, const float *const *sums, float *const *y) {
+    constexpr int CHAINS = M == 1 ? 2 : 1;
+    const __m256 centre = _mm256_set1_ps(-float(1 << (BITS - 1)));
+    const uint16_t *block = a.codes + tile * a.blocks * BITS * WORDS;
+    __m256 total[M][HALVES];
+    for (auto &one : total) one[0] = one[1] = _mm256_setzero_ps();
+    for (int64_t g = 0, b = 0; g < a.groups; ++g) {
+        __m256 sum[M][HALVES][CHAINS];
+        for (auto &one : sum) for (auto &half : one) for (auto &chain : half) chain = _mm256_setzero_ps();
+        for (int64_t end = b + a.per_group; b < end; ++b, block += BITS * WORDS) {
+            const Input *here[M];
+            for (int m = 0; m < M; ++m) here[m] = x[m] + b;
+            block_times<BITS, M, CHAINS>(block, here, sum);
+        }
+        for (int h = 0; h < HALVES; ++h) {
+            const int64_t at = (tile * a.groups + g) * ROWS + h * LANES;
+            const __m256 scale = halves(a.scale + at);
+            const __m256 offset = a.offset ? halves(a.offset + at) : _mm256_mul_ps(scale, centre);
+            for (int m = 0; m < M; ++m) {
+                const __m256 all = CHAINS == 2 ? _mm256_add_ps(sum[m][h][0], sum[m][h][CHAINS - 1]) : sum[m][h][0];
+                total[m][h] = _mm256_fmadd_ps(scale, all, total[m][h]);
+                total[m][h] = _mm256_fmadd_ps(offset, _mm256_set1_ps(sums[m][g]), total[m][h]);
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m)
+        for (int h = 0; h < HALVES; ++h) _mm256_storeu_ps(y[m] + tile * ROWS + h * LANES, total[m][h]);
+}
 #else
 template <int BITS, int M>
 void tile_times(const Matrix &a, int64_t tile, const uint16_t *const *x, const float *const *sums, float *const *y) {
@@ -156,21 +272,31 @@ void tile_times(const Matrix &a, int64_t tile, const uint16_t *const *x, const f
 }
 #endif
 
+#ifdef NARROW
+constexpr int INPUTS = 1;
+#else
+using Input = uint16_t;
+constexpr int INPUTS = COLUMNS;
+template <int BITS> const Input *inputs(const uint16_t *x, int64_t) { return x; }
+#endif
+
 template <int BITS, int M>
-void times(const Matrix &a, const uint16_t *x, const float *sums, float *y, int threads) {
-    const uint16_t *xs[M];
+void times(const Matrix &a, const Input *x, const float *sums, float *y, int threads) {
+    const Input *xs[M];
     const float *ss[M];
     float *ys[M];
     for (int m = 0; m < M; ++m) {
-        xs[m] = x + m * a.blocks * COLUMNS, ss[m] = sums + m * a.groups, ys[m] = y + m * a.tiles * ROWS;
+        xs[m] = x + m * a.blocks * INPUTS, ss[m] = sums + m * a.groups, ys[m] = y + m * a.tiles * ROWS;
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t tile = 0; tile < a.tiles; ++tile) tile_times<BITS, M>(a, tile, xs, ss, ys);
 }
 
 template <int BITS>
-void all_times(const Matrix &a, const uint16_t *x, const float *sums, float *y, int64_t count, int threads) {
-    const int64_t wide = a.blocks * COLUMNS, high = a.tiles * ROWS;
+void all_times(const Matrix &a, const uint16_t *given, const float *sums, float *y, int64_t count, int threads) {
+    const int64_t wide = a.blocks * INPUTS, high = a.tiles * ROWS;
+    const auto made = inputs<BITS>(given, count * a.blocks);
+    const Input *x = &made[0];
     while (count > 0) {
         const int64_t now = count >= MOST ? MOST : count;
         switch (now) {
@@ -183,28 +309,101 @@ void all_times(const Matrix &a, const uint16_t *x, const float *sums, float *y, 
     }
 }
 
-template <int BITS> void restore(const Matrix &a, uint16_t *out, int64_t rows, int64_t columns, int threads) {
+#ifdef NARROW
+// The codes of pair `k` of 8 rows, each in the low bits of its word.
+template <int BITS> inline Vector codes(const uint16_t *block, int k) {
+    constexpr int per = 16 / BITS;
+    const Vector mask = _mm256_set1_epi16((1 << BITS) - 1);
+    auto top = [&](int v) { return _mm256_srli_epi16(load(block + v * WORDS), 15); };
+    if (BITS == 3 && k == 15)
+        return _mm256_or_si256(top(0), _mm256_or_si256(_mm256_slli_epi16(top(1), 1), _mm256_slli_epi16(top(2), 2)));
+    return _mm256_and_si256(_mm256_srli_epi16(load(block + k / per * WORDS), k % per * BITS), mask);
+}
+
+inline Vector rounded(__m256 value) {
+    const Vector bits = _mm256_castps_si256(value), half = _mm256_set1_epi32(0x7fff), one = _mm256_set1_epi32(1);
+    return _mm256_add_epi32(bits, _mm256_add_epi32(half, _mm256_and_si256(_mm256_srli_epi32(bits, 16), one)));
+}
+
+// Rows of words become columns.
+inline void turn(Vector (&v)[LANES]) {
+    Vector t[LANES], u[LANES];
+    for (int i = 0; i < LANES; i += 2)
+        t[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            u[i + 2 * j] = _mm256_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+            u[i + 2 * j + 1] = _mm256_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+        }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+    }
+}
+
+// A block in bfloat16, 16 rows of pairs.
+template <int BITS>
+void block_values(const uint16_t *block, const uint16_t *scales, const uint16_t *offsets, uint32_t (*values)[PAIRS]) {
+    const Vector low = _mm256_set1_epi32(0xffff);
+    for (int h = 0; h < HALVES; ++h) {
+        const __m256 scale = halves(scales + h * LANES), centre = _mm256_set1_ps(-float(1 << (BITS - 1)));
+        const __m256 offset = offsets ? halves(offsets + h * LANES) : _mm256_mul_ps(scale, centre);
+        auto value = [&](Vector code) { return rounded(_mm256_fmadd_ps(_mm256_cvtepi32_ps(code), scale, offset)); };
+#pragma GCC unroll 2
+        for (int first = 0; first < PAIRS; first += LANES) {
+            Vector v[LANES];
+#pragma GCC unroll 8
+            for (int k = 0; k < LANES; ++k) {
+                const Vector both = codes<BITS>(block + h * WORDS / 2, first + k);
+                const Vector even = value(_mm256_and_si256(both, low)), odd = value(_mm256_srli_epi32(both, 16));
+                v[k] = _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xaa);
+            }
+            turn(v);
+            for (int i = 0; i < LANES; ++i) _mm256_store_si256((Vector *)(values[h * LANES + i] + first), v[i]);
+        }
+    }
+}
+
+template <int BITS>
+void restore_block(const Matrix &a, int64_t tile, int64_t b, uint16_t *out, int64_t stride, int64_t high,
+                   int64_t wide) {
+    alignas(32) uint32_t values[ROWS][PAIRS];
+    const int64_t at = (tile * a.groups + b / a.per_group) * ROWS;
+    const uint16_t *block = a.codes + (tile * a.blocks + b) * BITS * WORDS;
+    block_values<BITS>(block, a.scale + at, a.offset ? a.offset + at : nullptr, values);
+    for (int64_t i = 0; i < high; ++i) {
+        if (wide == COLUMNS) std::memcpy(out + i * stride, values[i], 2 * COLUMNS);  // of a known size
+        else std::memcpy(out + i * stride, values[i], 2 * wide);
+    }
+}
+#else
+template <int BITS>
+void restore_block(const Matrix &a, int64_t tile, int64_t b, uint16_t *out, int64_t stride, int64_t high,
+                   int64_t wide) {
     const float centre = a.offset ? 0 : 1 << (BITS - 1);
+    const uint16_t *block = a.codes + (tile * a.blocks + b) * BITS * WORDS;
+    const int64_t at = (tile * a.groups + b / a.per_group) * ROWS;
+    alignas(64) float scale[WORDS], offset[WORDS];
+    alignas(64) uint16_t values[PAIRS][WORDS];
+    for (int i = 0; i < WORDS; ++i) {
+        scale[i] = from_half(a.scale[at + i / 2]);
+        offset[i] = a.offset ? from_half(a.offset[at + i / 2]) : 0;
+    }
+    for (int k = 0; k < PAIRS; ++k)
+        for (int i = 0; i < WORDS; ++i)
+            values[k][i] = to_bf16((float(code<BITS>(block, k, i)) - centre) * scale[i] + offset[i]);
+    for (int64_t i = 0; i < high; ++i)
+        for (int64_t k = 0; k < wide / 2; ++k) std::memcpy(out + i * stride + 2 * k, &values[k][2 * i], 4);
+}
+#endif
+
+template <int BITS> void restore(const Matrix &a, uint16_t *out, int64_t rows, int64_t columns, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t tile = 0; tile < a.tiles; ++tile) {
-        const int64_t last = rows - tile * ROWS < ROWS ? rows - tile * ROWS : ROWS;
+        const int64_t high = rows - tile * ROWS < ROWS ? rows - tile * ROWS : ROWS;
         for (int64_t b = 0; b < a.blocks; ++b) {
-            const uint16_t *block = a.codes + (tile * a.blocks + b) * BITS * WORDS;
-            const int64_t at = (tile * a.groups + b / a.per_group) * ROWS;
-            alignas(64) float scale[WORDS], offset[WORDS];
-            alignas(64) uint16_t values[PAIRS][WORDS];
-            for (int i = 0; i < WORDS; ++i) {
-                scale[i] = from_half(a.scale[at + i / 2]);
-                offset[i] = a.offset ? from_half(a.offset[at + i / 2]) : 0;
-            }
-            for (int k = 0; k < PAIRS; ++k)
-                for (int i = 0; i < WORDS; ++i)
-                    values[k][i] = to_bf16((float(code<BITS>(block, k, i)) - centre) * scale[i] + offset[i]);
-            const int64_t pairs = (columns - b * COLUMNS < COLUMNS ? columns - b * COLUMNS : COLUMNS) / 2;
-            for (int64_t i = 0; i < last; ++i) {
-                uint16_t *row = out + (tile * ROWS + i) * columns + b * COLUMNS;
-                for (int64_t k = 0; k < pairs; ++k) std::memcpy(row + 2 * k, &values[k][2 * i], 4);
-            }
+            const int64_t wide = columns - b * COLUMNS < COLUMNS ? columns - b * COLUMNS : COLUMNS;
+            restore_block<BITS>(a, tile, b, out + tile * ROWS * columns + b * COLUMNS, columns, high, wide);
         }
     }
 }

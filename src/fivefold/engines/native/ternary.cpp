@@ -6,7 +6,9 @@
 //
 // ternary_float sums float32 activations. ternary_int8 rounds each activation vector to 8 bits, a = max|x| / 127, and
 // sums whole numbers: sum (w + 1) q - sum q, exact. With AVX-512 VNNI one instruction adds 64 such products; x is laid
-// out beforehand in the order in which the four fields of 64 bytes come. Elsewhere plain C++ does the same sums.
+// out beforehand in the order in which the four fields of 64 bytes come. With AVX2 floats take a shift, vpermilps (8
+// codes become -s, 0 or s) and a product for 8 weights, whole numbers a shift, a mask, vpmaddubsw and a sum for 32.
+// Elsewhere plain C++ does the same sums.
 
 #include <algorithm>
 #include <cfloat>
@@ -20,6 +22,9 @@
 #if defined(__AVX512VNNI__)
 #define VNNI 1
 #endif
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define NARROW 1
 #endif
 
 namespace {
@@ -28,7 +33,7 @@ constexpr int64_t BLOCK = 64, BYTES = 16, CHUNK = 256;
 constexpr int64_t WORTH = 1 << 16;  // weights that are worth more threads
 
 float widened(uint16_t half) {
-#ifdef WIDE
+#if defined(WIDE) || defined(NARROW)
     return _cvtsh_ss(half);
 #else
     const uint32_t sign = uint32_t(half & 0x8000) << 16, power = half >> 10 & 31, part = half & 1023;
@@ -40,6 +45,41 @@ float widened(uint16_t half) {
 #endif
 }
 
+#ifdef NARROW
+constexpr int64_t AHEAD = 2048;  // bytes
+
+__m256i load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+
+float total(__m256 v) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+// Sum of weight * x over a row whose groups have `step` blocks.
+float row_dot(const uint8_t* codes, const uint16_t* scale, const float* x, int64_t blocks, int64_t step) {
+    const __m256 signs = _mm256_setr_ps(-1, 0, 1, 0, -1, 0, 1, 0);
+    __m256 sums[8];
+    for (auto& sum : sums) sum = _mm256_setzero_ps();
+    for (int64_t b = 0; b < blocks; scale++) {
+        const __m256 values = _mm256_mul_ps(signs, _mm256_set1_ps(widened(*scale)));
+        for (const int64_t end = std::min(blocks, b + step); b < end; b++) {
+            _mm_prefetch(reinterpret_cast<const char*>(codes + BYTES * b) + AHEAD, _MM_HINT_T0);
+            for (int h = 0; h < 2; h++) {
+                __m256i w = _mm256_cvtepu8_epi32(_mm_loadu_si64(codes + BYTES * b + 8 * h));
+                for (int j = 0; j < 4; j++) {
+                    __m256& sum = sums[4 * h + j];
+                    const __m256 at = _mm256_loadu_ps(x + BLOCK * b + 16 * j + 8 * h);
+                    sum = _mm256_fmadd_ps(_mm256_permutevar_ps(values, w), at, sum);
+                    w = _mm256_srli_epi32(w, 2);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < 4; i++) sums[i] = _mm256_add_ps(sums[i], sums[i + 4]);
+    return total(_mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3])));
+}
+#else
 // Sum of weight * x over blocks [from, to) of a row.
 float dot(const uint8_t* codes, const float* x, int64_t from, int64_t to) {
 #ifdef WIDE
@@ -64,6 +104,13 @@ float dot(const uint8_t* codes, const float* x, int64_t from, int64_t to) {
     return sum;
 #endif
 }
+
+float row_dot(const uint8_t* codes, const uint16_t* scale, const float* x, int64_t blocks, int64_t step) {
+    float sum = 0;
+    for (int64_t b = 0; b < blocks; b += step) sum += widened(*scale++) * dot(codes, x, b, std::min(blocks, b + step));
+    return sum;
+}
+#endif
 
 // One activation vector in 8 bits. `q` holds chunks of 256 as the kernel reads them; `less` minus their sums.
 struct Rounded {
@@ -111,6 +158,22 @@ __m512i partial(const uint8_t* row, const Rounded& x, int64_t chunk, int64_t blo
     }
     return sum;
 }
+#elif defined(NARROW)
+// 8 sums of 16 weights each: lanes 0 to 3 belong to block b, an even one, and the others to the next, if there is one.
+__m256i partial(const uint8_t* row, const Rounded& x, int64_t b, int64_t blocks) {
+    const uint8_t* at = row + BYTES * b;
+    _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD, _MM_HINT_T0);
+    const __m256i low = _mm256_set1_epi8(3), one = _mm256_set1_epi16(1);
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    const __m256i w = b + 1 < blocks ? load(at) : _mm256_zextsi128_si256(first);
+    const int8_t* q = x.q.data() + CHUNK * (b / 4) + 16 * (b % 4);
+    __m256i sum = _mm256_setzero_si256();
+    for (int j = 0; j < 4; j++) {
+        const __m256i weights = _mm256_and_si256(_mm256_srli_epi16(w, 2 * j), low);
+        sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, load(q + 64 * j)));
+    }
+    return _mm256_add_epi32(_mm256_madd_epi16(sum, one), load(x.less.data() + 4 * b));
+}
 #endif
 
 // Sum of weight * q over the row, times its scales.
@@ -132,6 +195,23 @@ float dot(const uint8_t* row, const uint16_t* scale, const Rounded& x, int64_t b
         sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(partial(row, x, c, blocks)), scales, sum);
     }
     return _mm512_reduce_add_ps(sum);
+#elif defined(NARROW)
+    if (group >= BLOCK * blocks) {
+        __m256i sum = _mm256_setzero_si256();
+        for (int64_t b = 0; b < blocks; b += 2) sum = _mm256_add_epi32(sum, partial(row, x, b, blocks));
+        return total(_mm256_cvtepi32_ps(sum)) * widened(*scale);
+    }
+    const int64_t step = group / BLOCK;
+    __m256 sum = _mm256_setzero_ps();
+    for (int64_t b = 0, left = step; b < blocks; b += 2) {
+        __m128 own[2];
+        for (int i = 0; i < 2; i++) {
+            own[i] = _mm_set1_ps(b + i < blocks ? widened(*scale) : 0);
+            if (--left == 0) left = step, scale++;
+        }
+        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(partial(row, x, b, blocks)), _mm256_set_m128(own[1], own[0]), sum);
+    }
+    return total(sum);
 #else
     float sum = 0;
     for (int64_t b = 0; b < blocks; b++) {
@@ -159,13 +239,8 @@ extern "C" void ternary_float(const uint8_t* codes, const uint16_t* scale, const
         std::memcpy(padded.data(), x + n * columns, sizeof(float) * columns);
         const float* input = padded.data();
 #pragma omp parallel for schedule(static) if (rows * columns > WORTH)
-        for (int64_t r = 0; r < rows; r++) {
-            float sum = 0;
-            for (int64_t g = 0; g < groups; g++)
-                sum += widened(scale[r * groups + g]) *
-                       dot(codes + r * BYTES * blocks, input, g * step, std::min(blocks, (g + 1) * step));
-            out[n * rows + r] = sum;
-        }
+        for (int64_t r = 0; r < rows; r++)
+            out[n * rows + r] = row_dot(codes + r * BYTES * blocks, scale + r * groups, input, blocks, step);
     }
 }
 

@@ -18,7 +18,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 
 from fivefold.errors import Misfit
-from fivefold.model import Model
+from fivefold.model import Blueprint, Model
 
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 NEEDS_IMPORTANCE = frozenset({"iq2_s", "iq2_xs", "iq2_xxs", "iq1_s", "iq1_m"})
@@ -37,6 +37,14 @@ def bits(type: str) -> float:
     """Bits per weight, scales included."""
     weights, size = _sizes(type)
     return 8 * size / weights
+
+
+def gguf_bytes(blueprint: Blueprint, storage: str, embedding: str | None) -> float:
+    """Of all matrices in the type `storage`, the token embedding in another one if that is given."""
+    table = blueprint.vocab * blueprint.width
+    others = blueprint.parameters - table * (1 if blueprint.tied else 2)
+    head = 0.0 if blueprint.tied else table * bits(storage)
+    return (others * bits(storage) + head + table * bits(embedding or storage)) / 8
 
 
 def fits(type: str, columns: int) -> bool:

@@ -3,7 +3,7 @@
 An engine's module says what it reads in constants: `FORMATS`, and where it has limits `GGUF_TYPES` (storage types of
 matrices), `CACHE_TYPES` (key-value cache) and `LOOKUP` (False: does not draft from the prompt). A constant that is
 absent means no limit is known, and the engine itself refuses at load. `ADAPTERS` True: it computes with an adapter
-beside the weights; without it none does.
+beside the weights, `DRAFTS` True: it takes a draft model; without these it does not.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def check_engine(model: Model, owner: str) -> None:
             f'{owner} reads no adapter beside the weights; choose engine(type="torch"), or an adapter that is merged,'
             " such as lora"
         )
+    if model.decode.draft_tokens and not getattr(module, "DRAFTS", False):
+        raise Misfit(f"{owner} takes no draft model; remove speculative or choose another engine")
     planned = planned_format(model)
     if planned not in module.FORMATS:
         repair = 'add gguf(type="f16") or a smaller type' if "gguf" in module.FORMATS else "remove the GGUF technique"
