@@ -2,10 +2,10 @@
 
     python benchmarks/kernel_int8.py [--threads 2] [--rounds 15] [--tokens 1,8,128,512] [--keep]
 
-Shapes are those of SmolLM2-135M and a larger one. The matrices of a shape fill several times the last-level cache in bfloat16 and are
-read in turn, as a model does, so every call reads its weights from memory. In a round every way has its turn, in an
-order that turns round; times are medians over rounds, ratios the medians of the rounds' ratios. Every way starts from
-bfloat16 activations and ends in bfloat16 ones.
+Shapes are those of SmolLM2-135M and a larger one. The matrices of a shape fill several times the last-level cache in
+bfloat16 and are read in turn, as a model does, so every call reads its weights from memory. In a round every way has
+its turn, in an order that turns round; times are medians over rounds, ratios the medians of the rounds' ratios. Every
+way starts from bfloat16 activations and ends in bfloat16 ones.
 
     bfloat16        torch linear
     float32         the same in float32

@@ -4,12 +4,12 @@
 
 Shapes are those of SmolLM2-135M and a larger one. The matrices of a shape fill several times the last-level cache and
 are read in turn, as when decoding, so every call reads from memory. The kinds take turns; times are medians over
-rounds, speed-ups the medians of the rounds' ratios. The limit is the bytes of the stored matrix over the bandwidth that `fivefold doctor` measured with
-as many threads. "over perfect dense" is the sparse time over what reading the dense bfloat16 matrix takes at that
-bandwidth: below 1, no dense product can be as fast. Dense is PyTorch's `linear` in bfloat16, what the torch engine
-computes a dense model with, and in float32, on some processors the faster. `--cpu-time` is for a machine that is busy
-with other work: one thread, its processor time instead of the clock. Machines with AVX-512 and without have a fragment
-each.
+rounds, speed-ups the medians of the rounds' ratios. The limit is the bytes of the stored matrix over the bandwidth that
+`fivefold doctor` measured with as many threads. "over perfect dense" is the sparse time over what reading the dense
+bfloat16 matrix takes at that bandwidth: below 1, no dense product can be as fast. Dense is PyTorch's `linear` in
+bfloat16, what the torch engine computes a dense model with, and in float32, on some processors the faster.
+`--cpu-time` is for a machine that is busy with other work: one thread, its processor time instead of the clock.
+Machines with AVX-512 and without have a fragment each.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def measured(rows: int, columns: int, kind: str, asked: argparse.Namespace, band
     ratios = [statistics.median(b / a for a, b in zip(times["sparse"][1:], times[name][1:], strict=True))
               for name in ("dense", "float32")]
     return [
-        f"{rows} x {columns}", kind, number(size / rows / columns, 3), number(ours * 1e6, 1), number(theirs * 1e6, 1),
-        number(wide * 1e6, 1), *map(number, ratios), number(size / bandwidth / ours), number(plain / bandwidth / theirs),
-        number(ours / (plain / bandwidth)),
+        f"{rows} x {columns}", kind, number(size / rows / columns, 3),
+        *(number(t * 1e6, 1) for t in (ours, theirs, wide)), *map(number, ratios),
+        number(size / bandwidth / ours), number(plain / bandwidth / theirs), number(ours / (plain / bandwidth)),
     ]
 
 

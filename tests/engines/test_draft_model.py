@@ -1,9 +1,10 @@
-"""Speculative sampling: the drawn text has the large model's distribution, and a pass yields what the closed form says."""
+"""Speculative sampling: the text has the large model's distribution, and a pass yields what the closed form says."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def test_the_text_has_the_large_models_distribution(temperature: float, top_p: f
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=7)
     tokens, _ = text(p, q, 30_000, sampling, 3)
     for before in range(5):
-        after = np.bincount([b for a, b in zip(tokens, tokens[1:], strict=False) if a == before], minlength=5)
+        after = np.bincount([b for a, b in pairwise(tokens) if a == before], minlength=5)
         wanted = distribution(p[before], sampling).astype(np.float64)
         inside = wanted > 0
         assert not after[~inside].any()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from fivefold.engines import _native
+from fivefold.engines._layers._many import fast_dtype
 
 TENSORS = ("mask", "values", "bias")
 WORD = 32
@@ -96,9 +97,10 @@ class SparseLinear(nn.Module):
     def _many(self, x: Tensor) -> Tensor:
         """Some rows of the matrix at a time, so that they stay in the cache and the whole is never in memory."""
         step = max(1, UNPACKED // (4 * self.in_features))
-        parts = [nn.functional.linear(x, self.dense(x.dtype, first, min(first + step, self.out_features)))
+        kind = fast_dtype() if x.dtype is torch.bfloat16 else x.dtype
+        parts = [nn.functional.linear(x.to(kind), self.dense(kind, first, min(first + step, self.out_features)))
                  for first in range(0, self.out_features, step)]
-        y = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        y = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
     def dense(self, dtype: torch.dtype, first: int = 0, end: int | None = None) -> Tensor:

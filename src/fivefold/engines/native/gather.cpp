@@ -1,5 +1,6 @@
 // Matrix times vector that reads only the part of a matrix an input needs: bfloat16 weights, float32 sums.
 //
+// With AVX-512 or AVX2 two groups of bfloat16 are widened by a shift and a mask; -DPLAIN compiles the loops for others.
 // A matrix is stored so that what is skipped is one run of bytes: by input (`columns`, [in][out]) where inputs are
 // skipped, by neuron ([neurons][width]) where neurons are. Sums run over the kept places in their order, whatever the
 // number of threads: outputs are divided among threads, never sums. A NaN is never skipped.
@@ -12,11 +13,13 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__AVX512F__) && !defined(PLAIN)
+#if defined(PLAIN)
+#elif defined(__AVX512F__)
 #include <immintrin.h>
-#define WIDE 1
-#else
-#define WIDE 0
+#define WIDE 16
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define WIDE 8
 #endif
 
 typedef uint16_t bf16;
@@ -64,7 +67,7 @@ static void keep(const float* score, const float* value, num n, float threshold,
   if (sizes && !(threshold > 0)) threshold = 0;
   const uint32_t least = bits(threshold), mask = sizes ? 0x7fffffff : 0xffffffff;
   num i = 0, c = 0;
-#if WIDE
+#if WIDE == 16
   const __m512i low = _mm512_set1_epi32(int(least)), cut = _mm512_set1_epi32(int(mask)), top = _mm512_set1_epi32(0x7f800000);
   const __m512i size = _mm512_set1_epi32(0x7fffffff), step = _mm512_set1_epi32(16);
   const __m512 limit = _mm512_set1_ps(threshold);
@@ -79,20 +82,35 @@ static void keep(const float* score, const float* value, num n, float threshold,
     c += __builtin_popcount(yes);
   }
 #endif
+  int* place_to = out.place.data();
+  float* value_to = out.value.data();
   for (; i < n; ++i) {
     const uint32_t b = bits(score[i]);
-    const bool nan = (b & 0x7fffffff) > 0x7f800000;
-    if (nan || (sizes ? (b & mask) > least : score[i] > threshold)) out.place[c] = int(i), out.value[c++] = value[i];
+    const bool nan = (b & 0x7fffffff) > 0x7f800000, yes = sizes ? (b & mask) > least : score[i] > threshold;
+    place_to[c] = int(i), value_to[c] = value[i], c += nan | yes;  // no branch: half of them would be mispredicted
   }
   out.count = c;
 }
+
+#if WIDE == 8
+static inline __m256i load_pairs(const bf16* at) { return _mm256_loadu_si256((const __m256i*)at); }
+static inline __m256 evens(__m256i w) { return _mm256_castsi256_ps(_mm256_slli_epi32(w, 16)); }
+static inline __m256 odds(__m256i w) {
+  return _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32(int(0xffff0000))));
+}
+static inline float total(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
 
 // sum[o] += sum_k value[k] * w[place[k]][o] for begin <= o < end; whole groups of 32 outputs are left `spread`.
 static const int TOGETHER = 8;
 template <int N>
 static inline void add_rows(const bf16* const* row, const bf16* const* next, const float* value, num begin, num end, float* sum) {
   num o = begin;
-#if WIDE
+#if WIDE == 16
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
   __m512 v[N];
   for (int k = 0; k < N; ++k) v[k] = _mm512_set1_ps(value[k]);
@@ -105,6 +123,20 @@ static inline void add_rows(const bf16* const* row, const bf16* const* next, con
       odd = _mm512_fmadd_ps(v[k], _mm512_castsi512_ps(_mm512_and_si512(w, high)), odd);
     }
     _mm512_storeu_ps(sum + o, even), _mm512_storeu_ps(sum + o + 16, odd);
+  }
+#elif WIDE == 8
+  __m256 v[N];
+  for (int k = 0; k < N; ++k) v[k] = _mm256_set1_ps(value[k]);
+  for (; o + 32 <= end; o += 32) {
+    if (next) for (int k = 0; k < N; ++k) _mm_prefetch((const char*)(next[k] + o), _MM_HINT_T0);
+    for (num p = o; p < o + 16; p += 8) {
+      __m256 even = _mm256_loadu_ps(sum + p), odd = _mm256_loadu_ps(sum + p + 16);
+      for (int k = 0; k < N; ++k) {
+        const __m256i w = load_pairs(row[k] + 2 * p - o);
+        even = _mm256_fmadd_ps(v[k], evens(w), even), odd = _mm256_fmadd_ps(v[k], odds(w), odd);
+      }
+      _mm256_storeu_ps(sum + p, even), _mm256_storeu_ps(sum + p + 16, odd);
+    }
   }
 #else
   for (; o + 32 <= end; o += 32)
@@ -137,7 +169,7 @@ static const int ABREAST = 8;
 template <int N>
 static inline void dots(const bf16* const* row, const bf16* const* next, const float* x, num n, float* out) {
   num i = 0;
-#if WIDE
+#if WIDE == 16
   const __m512i high = _mm512_set1_epi32(int(0xffff0000));
   __m512 even[N], odd[N];
   for (int k = 0; k < N; ++k) even[k] = odd[k] = _mm512_setzero_ps();
@@ -151,6 +183,19 @@ static inline void dots(const bf16* const* row, const bf16* const* next, const f
     }
   }
   for (int k = 0; k < N; ++k) out[k] = _mm512_reduce_add_ps(_mm512_add_ps(even[k], odd[k]));
+#elif WIDE == 8
+  __m256 sum[N] = {};
+  for (; i + 32 <= n; i += 32) {
+    if (next) for (int k = 0; k < N; ++k) _mm_prefetch((const char*)(next[k] + i), _MM_HINT_T0);
+    for (num p = i; p < i + 16; p += 8) {
+      const __m256 x0 = _mm256_loadu_ps(x + p), x1 = _mm256_loadu_ps(x + p + 16);
+      for (int k = 0; k < N; ++k) {
+        const __m256i w = load_pairs(row[k] + 2 * p - i);
+        sum[k] = _mm256_fmadd_ps(odds(w), x1, _mm256_fmadd_ps(evens(w), x0, sum[k]));
+      }
+    }
+  }
+  for (int k = 0; k < N; ++k) out[k] = total(sum[k]);
 #else
   for (int k = 0; k < N; ++k) out[k] = 0;
   for (; i + 32 <= n; i += 32)

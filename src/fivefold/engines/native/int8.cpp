@@ -5,20 +5,28 @@
 // a_m = max_j |x_mj| / 127 over the columns that are not beside. Beside are, in float, the columns in `columns` (with
 // their own weights in bfloat16), or of every token those whose |x_mj| exceeds `limit` (weights s_r q_rj).
 //
-// Weights lie in tiles of 16 rows, in a tile four columns of all 16 rows together: one vector of 64 bytes, which
-// vpdpbusd multiplies with four activations at once. That instruction takes unsigned times signed, so activations are
-// stored as p + 128 and sums start at -128 sum_j q_rj. Its sums are exact, as are those of the plain loops elsewhere.
+// Weights lie in tiles of 16 rows, in a tile four columns of all 16 rows together: one vector of 64 bytes. All sums are
+// exact, so every path gives the same bits. -DPLAIN compiles the loops for other processors.
 //
-// Many tokens: 3 tiles x 8 tokens of sums stay in registers; 24 products for 11 loads. One token: a tile is one stream.
+// AVX-512 VNNI: vpdpbusd multiplies the vector with four activations at once. It takes unsigned times signed, so
+// activations are stored as p + 128 and sums start at -128 sum_j q_rj. Many tokens: 3 tiles x 8 tokens of sums stay in
+// registers; 24 products for 11 loads. One token: a tile is one stream.
+//
+// AVX2: weights are widened to 16 bits (vpmovsxbw), as p is stored, and vpmaddwd adds pairs of products; vpmaddubsw on
+// 8 bits would saturate. Many tokens: 8 rows x 6 tokens of sums stay in registers; one token: a tile is one stream.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#if defined(PLAIN)
+#elif defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define WIDE 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define PAIRS 1
 #endif
 #define UNROLL _Pragma("GCC unroll 8")
 
@@ -36,7 +44,14 @@ struct Layer {
 
 namespace {
 
-constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, TOKENS = 8, CHUNK = 128, AHEAD = 2048;
+#ifdef PAIRS
+using Code = int16_t;
+constexpr int ZERO = 0, TOKENS = 6;
+#else
+using Code = uint8_t;
+constexpr int ZERO = 128, TOKENS = 8;
+#endif
+constexpr int ROWS = 16, QUAD = 4, VECTOR = 64, CHUNK = 128, AHEAD = 2048;
 constexpr uint32_t INFINITE = 0x7f800000u;
 
 using Ints = int32_t __attribute__((vector_size(ROWS * 4)));
@@ -56,18 +71,18 @@ template <class T> uint32_t largest(const T *x, int64_t width) {
     return top;
 }
 
-template <class T> float rounded(const T *x, int64_t width, uint8_t *out, uint32_t top) {
-    if (top >= INFINITE) return std::memset(out, 128, width), of_bits(INFINITE | 1u << 22);
+template <class T> float rounded(const T *x, int64_t width, Code *out, uint32_t top) {
+    if (top >= INFINITE) return std::fill_n(out, width, Code(ZERO)), of_bits(INFINITE | 1u << 22);
     const float step = of_bits(top) / 127, inverse = step > 1e-37f ? 1 / step : 0;
-    for (int64_t j = 0; j < width; ++j) out[j] = uint8_t(int32_t(std::nearbyintf(wide(x[j]) * inverse)) + 128);
+    for (int64_t j = 0; j < width; ++j) out[j] = Code(int32_t(std::nearbyintf(wide(x[j]) * inverse)) + ZERO);
     return step;
 }
 
 // Codes and step of one token. Inputs of columns beside go to `beside`, those above the limit to `odd`.
 template <class T>
-float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::vector<Odd> &odd) {
+float quantized(const Layer &a, const T *x, Code *out, float *beside, std::vector<Odd> &odd) {
     static thread_local std::vector<float> room;
-    std::memset(out + a.width, 128, a.quads * QUAD - a.width);
+    std::fill_n(out + a.width, a.quads * QUAD - a.width, Code(ZERO));
     odd.clear();
     uint32_t top = largest(x, a.width);
     if (!a.besides && !(top < INFINITE && of_bits(top) > a.limit)) return rounded(x, a.width, out, top);
@@ -81,7 +96,7 @@ float quantized(const Layer &a, const T *x, uint8_t *out, float *beside, std::ve
 }
 
 struct Tokens {
-    std::vector<uint8_t> codes;
+    std::vector<Code> codes;
     std::vector<float> step, beside;
     std::vector<std::vector<Odd>> odd;
 };
@@ -91,6 +106,42 @@ inline Lanes lanes(const uint16_t *at) {
     using Narrow = uint16_t __attribute__((vector_size(ROWS * 2)));
     return (Lanes)(__builtin_convertvector(load<Narrow>(at), Ints) << 16);
 }
+
+#ifdef PAIRS
+
+// Sums of G groups of 4 rows and M tokens; a row's sum is that of two neighbours.
+template <int G, int M>
+inline void strip(const int8_t *w, const Code *x, int64_t quads, __m256i (*sum)[M]) {
+    for (const Code *end = x + quads * QUAD, *at = x; at < end; at += QUAD, w += VECTOR) {
+        __m256i q[G];
+        if (M == 1) __builtin_prefetch(w + AHEAD);
+        UNROLL for (int g = 0; g < G; ++g) q[g] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(w + g * 16)));
+        UNROLL for (int m = 0; m < M; ++m) {
+            const __m256i four = _mm256_set1_epi64x(load<int64_t>(at + m * quads * QUAD));
+            UNROLL for (int g = 0; g < G; ++g) {
+                sum[g][m] = _mm256_add_epi32(sum[g][m], _mm256_madd_epi16(q[g], four));
+                __asm__("" : "+x"(sum[g][m]));  // else GCC keeps it in memory
+            }
+        }
+    }
+}
+
+template <int B, int M> inline void dots(const Layer &a, int64_t tile, const Code *x, Ints (*out)[M]) {
+    constexpr int G = M < 4 ? 4 : 2;
+    for (int b = 0; b < B; ++b)
+        for (int first = 0; first < 4; first += G) {
+            __m256i sum[G][M] = {};
+            strip<G, M>(a.codes + (tile + b) * a.quads * VECTOR + first * 16, x, a.quads, sum);
+            for (int m = 0; m < M; ++m)
+                for (int g = 0; g < G; g += 2) {
+                    const __m256i both = _mm256_hadd_epi32(sum[g][m], sum[g + 1][m]);
+                    const __m256i eight = _mm256_permute4x64_epi64(both, 0xd8);
+                    std::memcpy((char *)&out[b][m] + (first + g) * 16, &eight, 32);
+                }
+        }
+}
+
+#else
 
 // Adds to every row's sum four unsigned activations times the row's four signed weights.
 #ifdef WIDE
@@ -103,12 +154,12 @@ inline void add_products(Ints &sum, int32_t four, Ints w) {
 }
 #endif
 
-template <int B, int M> inline void dots(const Layer &a, int64_t tile, const uint8_t *x, Ints (*sum)[M]) {
+template <int B, int M> inline void dots(const Layer &a, int64_t tile, const Code *x, Ints (*sum)[M]) {
     const int64_t size = a.quads * VECTOR, stride = a.quads * QUAD;
     const int8_t *w = a.codes + tile * size;
     UNROLL for (int b = 0; b < B; ++b)
         UNROLL for (int m = 0; m < M; ++m) sum[b][m] = load<Ints>(a.start + (tile + b) * ROWS);
-    for (const uint8_t *end = x + stride; x < end; x += QUAD, w += VECTOR) {
+    for (const Code *end = x + stride; x < end; x += QUAD, w += VECTOR) {
         Ints q[B];
         UNROLL for (int b = 0; b < B; ++b) q[b] = load<Ints>(w + b * size);
         UNROLL for (int m = 0; m < M; ++m) {
@@ -119,7 +170,7 @@ template <int B, int M> inline void dots(const Layer &a, int64_t tile, const uin
 }
 
 // One token: a tile is one stream, four sums along it.
-template <> inline void dots<1, 1>(const Layer &a, int64_t tile, const uint8_t *x, Ints (*out)[1]) {
+template <> inline void dots<1, 1>(const Layer &a, int64_t tile, const Code *x, Ints (*out)[1]) {
     const int8_t *w = a.codes + tile * a.quads * VECTOR;
     Ints sum[4] = {load<Ints>(a.start + tile * ROWS)};
     int64_t k = 0;
@@ -131,6 +182,8 @@ template <> inline void dots<1, 1>(const Layer &a, int64_t tile, const uint8_t *
     for (; k < a.quads; ++k, x += QUAD, w += VECTOR) add_products(sum[0], load<int32_t>(x), load<Ints>(w));
     out[0][0] = sum[0] + sum[1] + sum[2] + sum[3];
 }
+
+#endif
 
 template <int B, int M> inline void add_beside(const Layer &a, int64_t tile, const float *x, Lanes (*value)[M]) {
     const uint16_t *row = a.beside + tile * ROWS;

@@ -4,17 +4,24 @@
 //   values   bfloat16 (stored + 32) the stored weights, row after row in the order of the columns, then 32 that pad
 //   offsets  int64 (rows + 1)       where each row begins in `values`
 //
-// 32 weights are spread to their columns by one instruction (vpexpandw, AVX-512 VBMI2). With inputs in bfloat16 one more
-// multiplies and adds pairs of them (vdpbf16ps, AVX-512 BF16). With inputs in float32 the weights are widened: a
+// AVX-512 VBMI2: 32 weights are spread to their columns by one instruction (vpexpandw). With inputs in bfloat16 one
+// more multiplies and adds pairs of them (vdpbf16ps, AVX-512 BF16). With inputs in float32 the weights are widened: a
 // bfloat16 is the upper half of a float32, so the even columns are a shift and the odd ones a mask away, and the input
-// is laid out so beforehand, of every 32 columns the 16 even ones and then the 16 odd ones. Sums are in float32.
+// is laid out so beforehand, of every 32 columns the 16 even ones and then the 16 odd ones.
+//
+// AVX2: a byte of the mask is looked up in a table for vpshufb, which spreads 8 weights and widens them to float32 at
+// once. Elsewhere, and with -DPLAIN, set bits are taken one by one. Sums are in float32.
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
-#if defined(__AVX512VBMI2__) && defined(__AVX512BW__)
+#if defined(PLAIN)
+#elif defined(__AVX512VBMI2__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define EXPAND 1
+#elif defined(__AVX2__) && defined(__FMA__)
+#include <immintrin.h>
+#define LOOKUP 1
 #endif
 
 namespace {
@@ -82,6 +89,65 @@ void dot(const uint32_t* mask, const uint16_t* at, const X* x, int words, int64_
                                                     _mm512_add_ps(second[2 * n], second[2 * n + 1])));
 }
 
+#elif defined(LOOKUP)
+
+// For every byte of a mask, where vpshufb finds the four bytes of each of 8 float32 in 8 packed bfloat16.
+struct Places {
+    alignas(32) uint8_t of[256][32];
+    Places() {
+        std::memset(of, 0x80, sizeof of);
+        for (int byte = 0; byte < 256; byte++)
+            for (int j = 0, n = 0; j < 8; j++)
+                if (byte >> j & 1) of[byte][4 * j + 2] = uint8_t(2 * n), of[byte][4 * j + 3] = uint8_t(2 * n++ + 1);
+    }
+};
+const Places places;
+
+inline __m256 spread(uint32_t byte, const uint16_t* at) {
+    const __m256i w = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+    const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(places.of[byte]));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(w, place));
+}
+
+float total(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+void store(__m256 w, void* out, int64_t to, int half) {
+    if (!half) return _mm256_storeu_ps(static_cast<float*>(out) + to, w);
+    const __m256i low = _mm256_srli_epi32(_mm256_castps_si256(w), 16);
+    const __m128i eight = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(static_cast<uint16_t*>(out) + to), eight);
+}
+
+template <int N>
+void dot(const uint32_t* mask, const uint16_t* at, const float* x, int words, int64_t stride, float* out) {
+    constexpr int APART = N == 4 ? 2 : 4;
+    __m256 sums[N][APART] = {};
+    for (int word = 0; word < words; word++, x += 32) {
+        const uint32_t bits = mask[word];
+        _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+        for (int part = 0; part < 4; part++) {
+            const uint32_t before = bits & ((uint64_t(1) << 8 * part) - 1);
+            const __m256 w = spread(bits >> 8 * part & 255, at + __builtin_popcount(before));
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++) {
+                __m256& sum = sums[n][part % APART];
+                sum = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + n * stride + 8 * part), sum);
+            }
+        }
+        at += __builtin_popcount(bits);
+    }
+    for (int n = 0; n < N; n++) {
+        __m256 sum = _mm256_add_ps(sums[n][0], sums[n][1]);
+        if (APART == 4) sum = _mm256_add_ps(sum, _mm256_add_ps(sums[n][APART - 2], sums[n][APART - 1]));
+        out[n] = total(sum);
+    }
+}
+
 #else
 
 template <int N>
@@ -106,7 +172,11 @@ float read(float value) { return value; }
 
 template <typename X>
 void lay_out(const X* x, int columns, float* out) {
+#ifdef LOOKUP
+    for (int j = 0; j < columns; j++) out[j] = read(x[j]);
+#else
     for (int j = 0; j < columns; j++) out[j / 32 * 32 + (j & 1) * 16 + j % 32 / 2] = read(x[j]);
+#endif
 }
 
 template <typename X, typename Y>
@@ -198,7 +268,15 @@ void sparse_unpack(const uint32_t* mask, const uint16_t* values, const int64_t* 
             _mm512_mask_storeu_epi32(place, uint16_t((uint64_t(1) << (here < 16 ? here : 16)) - 1), low);
             if (here > 16) _mm512_mask_storeu_epi32(place + 16, uint16_t((uint64_t(1) << (here - 16)) - 1), high);
 #else
-            for (int j = 0; j < here; j++) {
+            int j = 0;
+#ifdef LOOKUP
+            for (; j + 8 <= here; j += 8) {
+                const uint32_t byte = bits >> j & 255;
+                store(spread(byte, at), out, to + j, half);
+                at += __builtin_popcount(byte);
+            }
+#endif
+            for (; j < here; j++) {
                 const uint16_t w = bits >> j & 1 ? *at++ : uint16_t(0);
                 if (half) static_cast<uint16_t*>(out)[to + j] = w;
                 else static_cast<float*>(out)[to + j] = widened(w);

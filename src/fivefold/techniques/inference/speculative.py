@@ -48,7 +48,7 @@ class Speculative(Technique):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.file and not self.file.endswith(".gguf"):
-            raise RecipeError(f"speculative(file={self.file[:80]!r}) names no GGUF file; give a path that ends in .gguf")
+            raise RecipeError(f"speculative(file={self.file[:80]!r}) names no GGUF file; give one that ends in .gguf")
 
     def check(self, model: Model) -> None:
         if not limit(model, "DRAFTS"):
