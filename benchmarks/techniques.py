@@ -2,13 +2,14 @@
 
     python benchmarks/techniques.py [--only wanda,gptq] [--keep runs/techniques] [--rounds 4]
 
-"Without" is the same recipe with the technique left out; where nothing is left, the parent in bfloat16 in the torch
-engine, or as llama.cpp's F16, whichever the technique is served by. Both are built, then measured in turn under the
-chat workload, each in a fresh process; ratios are with / without, medians over rounds. KL and agreement are against the
-parent in float32 on 2,048 held-out tokens. What a paper reports for its own models and machines stands beside it: a
-record that does not reach it is a result. Agreement and KL also go to src/fivefold/study/records.json, from which the
-search takes its first guess of what a technique costs in quality. Each technique is built in a process of its own:
-`to make` is its time and that process's peak memory. Killed, the same command goes on.
+"Without" is the same recipe with the technique left out; where nothing is left, the parent in the torch engine (in
+bfloat16 or float32, which this machine multiplies faster) or as llama.cpp's F16, whichever the technique is served by.
+Both are built, then measured in turn under the chat workload, each in a fresh process; ratios are with / without,
+medians over rounds. KL and agreement are against the parent in float32 on 2,048 held-out tokens. What a paper reports
+for its own models and machines stands beside it: a record that does not reach it is a result. Agreement and KL also go
+to src/fivefold/study/records.json, from which the search takes its first guess of what a technique costs in quality.
+Each technique is built in a process of its own: `to make` is its time and that process's peak memory. Killed, the same
+command goes on.
 """
 
 from __future__ import annotations
@@ -52,15 +53,21 @@ WITH = {
     "prune_depth": 'prune_depth(layers=2) + gguf(type="f16")', "prune_width": 'prune_width + gguf(type="f16")',
     "slice_gpt": 'slice_gpt + gguf(type="f16")', "equalize": 'equalize + gguf(type="q4_0")',
     "awq": "awq + rtn", "quarot": "quarot + rtn", "spin_quant": "spin_quant + rtn", "kivi": "kivi(bits=2)",
-    "sparse_storage": "wanda + sparse_storage", "distill": "prune_depth(layers=15) + distill(steps=120)",
+    "sparse_storage": "wanda + sparse_storage", "speculative": 'speculative + gguf(type="f16")',
+    "distill": "prune_depth(layers=15) + distill(steps=120)",
     "distill_text": "prune_depth(layers=15) + distill_text(steps=120)",
 }
 """The recipe that shows a technique which cannot stand alone, has no default, or is best seen in another engine."""
 LAST = ("distill", "distill_text", "spin_quant", "ternary")
 """Those that train, and take longest."""
 RECORDS = Path(fivefold.study.__file__).parent / "records.json"
-BESIDE = {"safetensors": 'dtype(type="bfloat16")', "gguf": 'gguf(type="f16")'}
 RATIOS = ("decode", "ttft", "energy")
+
+
+def beside(kind: str) -> str:
+    """What the rest is stored or computed in: in the torch engine the type this machine multiplies faster."""
+    rates = [Machine.load().gemm(dtype).value or 0.0 for dtype in ("bfloat16", "float32")]
+    return 'gguf(type="f16")' if kind == "gguf" else f'dtype(type="{"bfloat16" if rates[0] > rates[1] else "float32"}")'
 
 
 def pair(name: str, model: Model) -> tuple[Recipe, Recipe]:
@@ -68,12 +75,12 @@ def pair(name: str, model: Model) -> tuple[Recipe, Recipe]:
     whole = Recipe.parse(WITH.get(name, name))
     kind = whole.plan(model).export.format
     if kind == "safetensors" and "dtype" not in str(whole):
-        whole = Recipe.parse(f"{whole} + {BESIDE[kind]}")
+        whole = Recipe.parse(f"{whole} + {beside(kind)}")
     whole.check(model)
     rest = [t for t in whole if t.name != name]
     without = Recipe(*rest)
     if not any(t.name in ("gguf", "dtype", "mixed_precision") for t in rest):
-        without = Recipe.parse(" + ".join(filter(None, (str(without), BESIDE[kind]))))
+        without = Recipe.parse(" + ".join(filter(None, (str(without), beside(kind)))))
     return whole, without
 
 
