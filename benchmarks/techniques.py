@@ -1,6 +1,6 @@
 """The measured record: every technique of inference with and without, on SmolLM2-135M, in the engine that serves it.
 
-    python benchmarks/techniques.py [--only wanda,gptq] [--keep runs/techniques] [--rounds 4]
+    python benchmarks/techniques.py [--only wanda,gptq] [--keep runs/techniques] [--rounds 4] [--quality]
 
 "Without" is the same recipe with the technique left out; where nothing is left, the parent in the torch engine (in
 bfloat16 or float32, which this machine multiplies faster) or as llama.cpp's F16, whichever the technique is served by.
@@ -80,7 +80,7 @@ def pair(name: str, model: Model) -> tuple[Recipe, Recipe]:
     rest = [t for t in whole if t.name != name]
     without = Recipe(*rest)
     if not any(t.name in ("gguf", "dtype", "mixed_precision") for t in rest):
-        without = Recipe.parse(" + ".join(filter(None, (str(without), beside(kind)))))
+        without = Recipe.parse(f"{without} + {beside(kind)}" if rest else beside(kind))
     return whole, without
 
 
@@ -92,20 +92,26 @@ def one(name: str, given: argparse.Namespace) -> dict[str, Any]:
     with PeakMemory() as window:
         after = builder.build(whole, model)
     tokenizer = Tokenizer(model.tokenizer_file)
+    reference = _reference(model, tokenizer, given.keep)
+    found = {
+        "name": name, "with": str(whole), "without": str(without),
+        "quality": [_quality(m, reference).to_json() for m in (before, after)],
+        "seconds": _value(after, "seconds") - _value(before, "seconds"), "peak": window.peak.value,
+        "coverage": list(after.model.coverage),
+    }
+    return found if given.quality else found | in_turn(before, after, tokenizer, machine, given)
+
+
+def in_turn(
+    before: Built, after: Built, tokenizer: Tokenizer, machine: Machine, given: argparse.Namespace
+) -> dict[str, Any]:
     traffic = Workload.load("chat", tokenizer)
     traffic = replace(traffic, requests=spread(traffic.requests, given.requests))
     jobs = [Job(model=m.model, workload=traffic, label=label) for m, label in ((before, "without"), (after, "with"))]
     with Interleaved(jobs, machine=machine) as arms:
         first, second = arms.run(given.rounds)
         ratios = {metric: arms.ratio(metric, 1, 0).to_json() for metric in RATIOS}
-    reference = _reference(model, tokenizer, given.keep)
-    return {
-        "name": name, "with": str(whole), "without": str(without), "ratios": ratios,
-        "measured": [first.to_json(), second.to_json()],
-        "quality": [_quality(m, reference).to_json() for m in (before, after)],
-        "seconds": _value(after, "seconds") - _value(before, "seconds"), "peak": window.peak.value,
-        "coverage": list(after.model.coverage),
-    }
+    return {"ratios": ratios, "measured": [first.to_json(), second.to_json()]}
 
 
 def _value(built: Built, name: str) -> float:
@@ -177,6 +183,7 @@ def main() -> None:
     options.add_argument("--keep", type=Path, default=Path("runs/techniques"))
     options.add_argument("--rounds", type=int, default=4)
     options.add_argument("--requests", type=int, default=1, help="requests of the chat workload per round")
+    options.add_argument("--quality", action="store_true", help="no times: only agreement and KL, for the records")
     options.add_argument("--one", help=argparse.SUPPRESS)
     options.add_argument("--quick", action="store_true", help="write no fragment")
     given = options.parse_args()
@@ -193,7 +200,7 @@ def main() -> None:
     for name in [n for n in given.only.split(",") if n] or names:
         if not (given.keep / f"{name}.json").is_file():
             command = [sys.executable, __file__, "--one", name, "--keep", str(given.keep), "--rounds",
-                       str(given.rounds), "--requests", str(given.requests)]
+                       str(given.rounds), "--requests", str(given.requests), *["--quality"] * given.quality]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 print(f"{name}: {(done.stderr.strip().splitlines() or ['no reason'])[-1]}", flush=True)
@@ -205,6 +212,8 @@ def main() -> None:
     body += "".join(f"\n- `{f['name']}`: {f['why']}" for f in records if "why" in f)
     if not given.quick:
         write_records([f for f in records if "why" not in f])
+    if given.quality:
+        return
     publish("techniques", "Every technique of inference, with and without", body, packages=("torch", "xllamacpp"),
             keep=not given.quick)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import fivefold
+from fivefold import display
 from fivefold.errors import BudgetError, DataError, Departure, Infeasible, Misfit, RecipeError, StoreError, UserError
 from fivefold.study.trial import Outcome
 from fivefold.testing import tiny_model
@@ -44,9 +45,10 @@ def test_the_study_measures_and_leaves_its_report(walk: dict[str, str]) -> None:
     for name in ("report.html", "report.md", "trials.csv"):
         assert (Path(walk["run"]) / name).stat().st_size > 500
     for trial in measured:
-        for metric in ("flops", "latency", "memory", "size", "energy", "money", "network", "agreement", "kl"):
+        for metric in ("flops", "latency", "memory", "size", "energy", "money", "network", "agreement", "kl", "ece"):
             assert trial.measurement[metric].value is not None, f"{trial.recipe} has no {metric}"
     assert study.parent.value("kl") == pytest.approx(0.0, abs=1e-4)
+    assert all("ece" not in t.screen and "agreement" in t.screen for t in measured if t.recipe != "parent")
 
 
 def test_pick_answers_other_budgets_from_the_records(walk: dict[str, str]) -> None:
@@ -113,6 +115,9 @@ def test_compare_a_model_with_itself_accepts_it(walk: dict[str, str]) -> None:
     compared = fivefold.compare(walk["model"], walk["model"], text=walk["text"], workload=walk["workload"], items=8)
     assert compared.decision.name == "ACCEPT" and compared.verdict.difference == 0
     assert compared.rows["size"][2].value == 1
+    assert compared.rows["kl"][0].value is None and compared.rows["ece"][2].value == pytest.approx(1)
+    assert sum(g.n for g in compared.groups.rows if g.by == "position") == 8 * 127
+    assert "not clear" in compared.notes[0] and "worst_group_kl" in compared.rows
 
 
 def test_measure_has_five_resources_and_quality(walk: dict[str, str]) -> None:
@@ -125,17 +130,44 @@ def test_measure_has_five_resources_and_quality(walk: dict[str, str]) -> None:
         fivefold.measure(walk["model"], recipe='gguf(type="q8_0")')
 
 
+def test_compare_on_labels_shows_flips_groups_and_what_an_attack_leaves(
+    walk: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(tmp_path / "other", layers=2, width=64, seed=7)
+    rows = [{"question": f"Who sells {i} shells by the sea shore", "choices": ["she does", "the lazy dog"],
+             "answer": i % 2} for i in range(24)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    compared = fivefold.compare(walk["model"], tmp_path / "other", task=str(tmp_path / "mine.jsonl"),
+                                workload=walk["workload"], items=24, attack=6)
+    accuracy, flips = compared.rows["accuracy"], compared.rows["flips"][1]
+    assert flips.value >= abs(accuracy[1].value - accuracy[0].value) - 1e-9 and flips.n == 24
+    for left in compared.rows["after_attack"][:2]:
+        assert left.n == 6 and 0 <= left.value <= 1
+    assert {g.by for g in compared.groups.rows} == {"length", "answer"}
+    assert any(note.startswith("flips: right to wrong ") for note in compared.notes)
+    assert any(note.startswith("accuracy after attack, B - A: ") for note in compared.notes)
+    display.comparison(compared)
+    shown = capsys.readouterr().out
+    assert "she does" in shown and "right to wrong" in shown and "after_attack" in shown
+    with pytest.raises(UserError, match="add --task sst2"):
+        fivefold.compare(walk["model"], walk["model"], workload=walk["workload"], attack=2)
+
+
 def test_measure_answers_tasks(walk: dict[str, str], tmp_path: Path) -> None:
     rows = [{"question": f"How many, {i}?", "choices": ["one", "a few of them"], "answer": i % 2} for i in range(12)]
     for name in ("mine", "yours"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows[:8] if name == "mine" else rows[8:])))
     tasks = [str(tmp_path / "mine.jsonl"), str(tmp_path / "yours.jsonl")]
-    measured = fivefold.measure(walk["model"], workload=walk["workload"], rounds=1, quality=False, task=tasks)
+    measured = fivefold.measure(walk["model"], workload=walk["workload"], rounds=1, quality=False, task=tasks,
+                                attack=2)
     accuracy = measured["accuracy"]
     assert accuracy.n == 12 and accuracy.low is not None and accuracy.value is not None
     each = measured.context["tasks"]
     assert accuracy.value == pytest.approx((8 * each["mine"]["accuracy"] + 4 * each["yours"]["accuracy"]) / 12)
-    assert "perplexity" not in measured and "mcnemar_p" not in measured.context
+    assert "perplexity" not in measured and "mcnemar_p" not in measured.context and "flips" not in measured
+    assert measured["after_attack"].n == 4 and measured["choice_ece"].n == 12
+    with pytest.raises(UserError, match="add --task sst2"):
+        fivefold.measure(walk["model"], workload=walk["workload"], attack=2)
     with pytest.raises(DataError, match="piqa"):
         fivefold.measure(walk["model"], workload=walk["workload"], task="piqaa")
     (tmp_path / "b").mkdir()

@@ -29,6 +29,7 @@ WorkloadName = Annotated[str, typer.Option("--workload", help="chat, summarize, 
 TextSource = Annotated[str, typer.Option("--text", help="Held-out text: encyclopedia, shakespeare or a file.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Labelled task (piqa) or JSONL; may be repeated.")]
 Items = Annotated[int, typer.Option("--items", min=8, help="Items of each task.")]
+Attack = Annotated[int, typer.Option("--attack", min=0, help="Items of each task to attack, ~100 passes each.")]
 Country = Annotated[str, typer.Option("--country", help="Grid intensity and tariffs: ISO code, or world.")]
 Sampler = Annotated[str, typer.Option("--sampler", help="fivefold, random, tpe or nsga2.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the search.")]
@@ -144,12 +145,15 @@ def compare(
     task: Annotated[str, typer.Option("--task", help="fidelity, a labelled task (piqa), or a JSONL.")] = "fidelity",
     margin: Annotated[float, typer.Option("--margin", help="Loss of quality that is acceptable.")] = 0.01,
     items: Annotated[int, typer.Option("--items", min=8, help="Items (or text windows of 512 tokens) to use.")] = 200,
-    workload: WorkloadName = "chat", text: TextSource = "encyclopedia",
+    workload: WorkloadName = "chat", text: TextSource = "encyclopedia", attack: Attack = 0,
 ) -> None:
-    """Paired verdict on B against A: ACCEPT, REGRESSION or INCONCLUSIVE, and the resources side by side."""
+    """Paired verdict on B against A: ACCEPT, REGRESSION or INCONCLUSIVE, quality by subgroup of inputs, and the
+    resources side by side."""
     from fivefold import display, verbs
 
-    display.comparison(verbs.compare(a, b, task=task, margin=margin, items=items, workload=workload, text=text))
+    display.comparison(verbs.compare(
+        a, b, task=task, margin=margin, items=items, workload=workload, text=text, attack=attack,
+    ))
 
 
 @app.command()
@@ -184,14 +188,14 @@ def measure(
     recipe: Annotated[str, typer.Option("--recipe", help="Run-time techniques to measure under.")] = "",
     rounds: Annotated[int, typer.Option("--rounds", min=1, max=1000)] = 5,
     quality: Annotated[bool, typer.Option("--quality/--no-quality", help="Log-loss on held-out text.")] = True,
-    task: Tasks = None, items: Items = 100,
+    task: Tasks = None, items: Items = 100, attack: Attack = 0,
 ) -> None:
     """Five resources and quality of any model folder, GGUF file or artifact, each number with its method."""
     from fivefold import display, verbs
 
     display.measurement(verbs.measure(
         model, workload=workload, text=text, country=country, recipe=recipe, rounds=rounds, quality=quality,
-        task=task or (), items=items,
+        task=task or (), items=items, attack=attack,
     ))
 
 

@@ -44,9 +44,15 @@ _TABLE = [
     Metric("kl_p99", "nat/token", "lower", "quality", "99th percentile of the KL divergence"),
     Metric("loss", "nat/token", "lower", "quality", "mean log-loss on held-out text"),
     Metric("perplexity", "1", "lower", "quality", "exp of the log-loss"),
+    Metric("ece", "fraction", "lower", "quality", "calibration error of next-token prediction"),
+    Metric("worst_group_kl", "nat/token", "lower", "quality", "KL divergence in the group of tokens hurt most"),
     Metric("accuracy", "fraction", "higher", "quality", "multiple-choice accuracy"),
     Metric("label_loyalty", "fraction", "higher", "quality", "answers equal to the parent's"),
     Metric("probability_loyalty", "fraction", "higher", "quality", "1 - Jensen-Shannon distance, base 2"),
+    Metric("flips", "fraction", "lower", "quality", "items that turned from right to wrong or back"),
+    Metric("choice_ece", "fraction", "lower", "quality", "calibration error of the chosen answer"),
+    Metric("after_attack", "fraction", "higher", "quality", "accuracy after an attack on the question"),
+    Metric("attack_queries", "1", "higher", "quality", "times an attack asks about one item"),
 ]
 
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _TABLE}

@@ -157,14 +157,16 @@ def explain(study: str | Path) -> Explanation:
 def measure(
     model: str | Path, *, workload: str = "chat", text: str = "encyclopedia", country: str = "world",
     recipe: str = "", rounds: int = 5, quality: bool = True, task: str | Sequence[str] = (), items: int = 100,
+    attack: int = 0,
 ) -> Measurement:
     """Five resources (in a fresh process), log-loss on held-out text and accuracy on tasks of a model, under run-time
-    techniques. `quality` False leaves out the log-loss."""
+    techniques. `quality` False leaves out the log-loss. `attack` items of each task are attacked, at about a hundred
+    passes each."""
     from fivefold.errors import Misfit
     from fivefold.meters.interleaved import Interleaved, Job
     from fivefold.model import load
     from fivefold.recipe import Recipe
-    from fivefold.study.quality import questions
+    from fivefold.study.quality import questions, victims
     from fivefold.tokenizer import Tokenizer
     from fivefold.workload import Workload
 
@@ -174,47 +176,53 @@ def measure(
     served = parsed.apply(loaded)
     tokenizer = Tokenizer(loaded.tokenizer_file)
     traffic = Workload.load(workload, tokenizer)
-    sets = questions((task,) if isinstance(task, str) else tuple(task), items)
+    tasks = (task,) if isinstance(task, str) else tuple(task)
+    sets, targets = questions(tasks, items), victims(tasks, attack)
     with Interleaved([Job(model=served, workload=traffic)], country=country) as alone:
         measured = alone.run(rounds)[0]
     if quality:
         measured = measured.merged(_log_loss(served, text))
-    return measured.merged(_accuracy(served, tokenizer, sets)) if sets else measured
+    return measured.merged(_accuracy(served, tokenizer, sets, targets)) if sets else measured
 
 
-def _accuracy(model: Model, tokenizer: Tokenizer, sets: Sequence[ChoiceSet]) -> Measurement:
+def _accuracy(
+    model: Model, tokenizer: Tokenizer, sets: Sequence[ChoiceSet], targets: Sequence[ChoiceSet]
+) -> Measurement:
     from fivefold.engines import open_session
-    from fivefold.study.quality import scored
+    from fivefold.study.quality import attacked, scored
     from fivefold.tasks.choice import answer
 
     session = open_session(model)
     try:
-        return scored([answer(session, tokenizer, s) for s in sets])
+        found = scored([answer(session, tokenizer, s) for s in sets])
+        return found.merged(attacked(session, tokenizer, targets).measurement) if targets else found
     finally:
         session.close()
 
 
 def _log_loss(model: Model, text: str) -> Measurement:
-    """Loss and perplexity of a model by itself: it is its own reference, so agreement and KL say nothing."""
+    """Loss, perplexity and calibration of a model by itself: it is its own reference, agreement and KL say nothing."""
     from fivefold.engines import open_session
-    from fivefold.tasks.fidelity import Reference, fidelity
+    from fivefold.tasks.fidelity import Reference
     from fivefold.tasks.text import windows
     from fivefold.tokenizer import Tokenizer
 
     sample = windows(Tokenizer(model.tokenizer_file), text, "evaluation", FULL_TOKENS, WINDOW)
     session = open_session(model)
     try:
-        found = fidelity(session, Reference.record(session, sample, k=1)).measurement
+        found = Reference.record(session, sample, k=1).itself().measurement
     finally:
         session.close()
-    return Measurement({name: found[name] for name in ("loss", "perplexity")}, {"text": text})
+    kept = {name: found[name] for name in ("loss", "perplexity", "ece")}
+    return Measurement(kept, {"text": text, "ece_floor": found.context["ece_floor"]})
 
 
 def compare(
     a: str | Path, b: str | Path, *, task: str = "fidelity", margin: float = 0.01, items: int = 64,
-    workload: str = "chat", text: str = "encyclopedia", country: str = "world",
+    workload: str = "chat", text: str = "encyclopedia", country: str = "world", attack: int = 0,
 ) -> Comparison:
-    """Paired verdict on B against A, and their resources in interleaved rounds."""
+    """Paired verdict on B against A, quality by subgroup, and their resources in interleaved rounds. `attack` items of
+    a labelled task are attacked, at about a hundred passes each."""
     from fivefold.model import load
     from fivefold.study.compare import compare as compared
     from fivefold.tokenizer import Tokenizer
@@ -222,7 +230,10 @@ def compare(
 
     first, second = load(a), load(b)
     traffic = Workload.load(workload, Tokenizer(first.tokenizer_file))
-    return compared(first, second, task=task, margin=margin, items=items, workload=traffic, text=text, country=country)
+    return compared(
+        first, second, task=task, margin=margin, items=items, workload=traffic, text=text, country=country,
+        attack=attack,
+    )
 
 
 def ship(study: str | Path, *, to: str | Path, budget: str = "", trial: int | None = None) -> Shipped:

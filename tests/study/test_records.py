@@ -57,6 +57,8 @@ def test_a_task_loses_a_quarter_of_what_tokens_lose_and_needs_the_parents_score(
     plain = Recipe()
     assert guess("accuracy", plain, 5.1, 0.6) == pytest.approx(0.6 * 0.95)
     assert guess("accuracy", plain, 5.1) is None
+    assert guess("flips", plain, 5.1) == pytest.approx(0.2 / 4)
+    assert guess("choice_ece", plain, 5.1, 0.1) == 0.1
 
 
 def test_guesses_stay_within_what_can_be() -> None:

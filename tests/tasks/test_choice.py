@@ -84,6 +84,25 @@ def test_the_score_is_the_sum_over_the_answers_own_tokens(tokenizer: Tokenizer) 
     assert np.allclose(normalised, np.exp(per_byte * 7) / np.exp(per_byte * 7).sum(), rtol=1e-5)
 
 
+def test_answers_of_one_token_are_scored_once(tokenizer: Tokenizer) -> None:
+    class Counted(Unigram):
+        calls = 0
+
+        def score(self, tokens: Sequence[int]) -> np.ndarray:
+            self.calls += 1
+            return super().score(tokens)
+
+    model = Counted(tokenizer)
+    one, two = tokenizer.encode(" the"), tokenizer.encode(" a")
+    assert len(one) == len(two) == 1
+    found = answer(model, tokenizer, ChoiceSet("t", (Item.of("fox", ["the", "a"], 0),), by_length=False))
+    assert model.calls == 1
+    assert np.log(found.probabilities[0][0] / found.probabilities[0][1]) == pytest.approx(
+        float(model.logp[one[0]] - model.logp[two[0]]), rel=1e-4)
+    answer(model, tokenizer, ChoiceSet("t", (Item.of("fox", ["the sea", "a"], 0),)))
+    assert model.calls == 3
+
+
 def test_a_model_that_likes_the_answers_gets_them_right(tokenizer: Tokenizer) -> None:
     items = ChoiceSet("t", tuple(Item.of("the", ["sea sea", "fox fox"], i % 2) for i in range(10)))
     found = answer(Unigram(tokenizer, liked=" sea"), tokenizer, items)

@@ -93,7 +93,22 @@ def comparison(compared: Any) -> None:
     for name, (a, b, ratio) in compared.rows.items():
         grid.add_row(name, number(a), number(b), number(ratio))
     out.print(grid)
+    _groups(compared.groups, out)
     out.print(Text(LEGEND, style="dim"))
+    for note in compared.notes:
+        out.print(Text(note))
+
+
+def _groups(groups: Any, out: Console) -> None:
+    """A `tasks.subgroups.Groups`: a row per group, its partition named once."""
+    columns = list(dict.fromkeys(name for row in groups.rows for name in row.values))
+    grid = table("", "group", groups.members, *columns, right=(groups.members,))
+    by = ""
+    for row in groups.rows:
+        cells = [number(row.values.get(name)) for name in columns]
+        grid.add_row(Text(row.by if row.by != by else "", style="bold"), row.name, str(row.n), *cells)
+        by = row.by
+    out.print(grid)
 
 
 def shipped(done: Any) -> None:

@@ -23,8 +23,16 @@ from fivefold.study.trial import Outcome, Trial
 Point = tuple[float, ...]
 Values = Mapping[str, float | None]
 _LINEAR = ("fraction", "nat/token")
-ON_TASKS = ("accuracy", "label_loyalty", "probability_loyalty")
+ON_TASKS = ("accuracy", "label_loyalty", "probability_loyalty", "flips", "choice_ece")
 """Metrics that exist only where a task was named, and only once a trial was measured in full."""
+UNSCREENED = (*ON_TASKS, "ece")
+"""Metrics that no screen gives: of few answers a calibration error is mostly its own bias."""
+_ATTACK = "an attack asks about each item a hundred times; use fivefold compare A B --task sst2 --attack 50"
+ASIDE = {
+    "after_attack": _ATTACK, "attack_queries": _ATTACK,
+    "worst_group_kl": "groups need more tokens than a trial scores; use fivefold compare A B",
+}
+"""Metrics that no trial of a study has -> why, and what measures them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +49,9 @@ class Goal:
 
     def of_screen(self) -> Goal:
         """The goal by what a screen knows. It answers no task: the KL divergence stands in for a task's metric among
-        the objectives, and limits on such metrics wait for the measurement."""
-        objectives = tuple(dict.fromkeys("kl" if name in ON_TASKS else name for name in self.objectives))
-        return Goal(objectives, Budget(tuple(limit for limit in self.budget if limit.metric not in ON_TASKS)))
+        the objectives, and limits on such metrics wait for the measurement. So for a calibration error."""
+        objectives = tuple(dict.fromkeys("kl" if name in UNSCREENED else name for name in self.objectives))
+        return Goal(objectives, Budget(tuple(limit for limit in self.budget if limit.metric not in UNSCREENED)))
 
 
 def coordinate(metric: str, value: float) -> float:

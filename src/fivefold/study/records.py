@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+from fivefold.metrics import METRICS
 from fivefold.recipe import Recipe
 from fivefold.study.pareto import ON_TASKS
 
@@ -57,8 +58,7 @@ def guess(metric: str, recipe: Recipe, bits: float, parent: float | None = None)
     to lose a quarter. None for other metrics, and for a task whose `parent` score is unknown.
     """
     if metric in ON_TASKS:
-        whole = guess("agreement", recipe, bits)
-        return None if parent is None or whole is None else parent * (1.0 - (1.0 - whole) / 4)
+        return _on_task(metric, 1.0 - (guess("agreement", recipe, bits) or 0.0), parent)
     if metric not in LEVEL:
         return None
     known = [r for t in recipe if (r := records().get(t.name)) is not None]
@@ -67,6 +67,15 @@ def guess(metric: str, recipe: Recipe, bits: float, parent: float | None = None)
         with_, without = record["with"][metric], record["without"][metric]
         lost = 1 - (1 - lost) * with_ / max(without, 1e-3) if metric == "agreement" else lost + with_ - without
     return 1.0 - min(1.0, max(0.0, lost)) if metric == "agreement" else max(LEAST, lost)
+
+
+def _on_task(metric: str, changed: float, parent: float | None) -> float | None:
+    """What a share of changed tokens makes of a task's metric: a quarter of it changes answers."""
+    if metric == "flips":
+        return changed / 4
+    if parent is None or METRICS[metric].better == "lower":
+        return parent
+    return parent * (1.0 - changed / 4)
 
 
 def _rule(metric: str, bits: float) -> float:

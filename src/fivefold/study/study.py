@@ -27,7 +27,7 @@ from fivefold.study import events as ev
 from fivefold.study.driver import Report, Runner
 from fivefold.study.feasible import infeasible
 from fivefold.study.in_turn import PHASE, failed, outcome_of
-from fivefold.study.pareto import ON_TASKS, Goal, front, knee, values_of
+from fivefold.study.pareto import ASIDE, ON_TASKS, Goal, front, knee, values_of
 from fivefold.study.policy import Build, Drop, InTurn, Measure, Policy, Stop, spent_seconds
 from fivefold.study.store import Store
 from fivefold.study.trial import Outcome, Trial
@@ -83,6 +83,8 @@ class Study:
         goal = self.goal if budget is None else replace(self.goal, budget=budget)
         trials = self.trials
         parent = _parent_values(trials)
+        if aside := [m for m in (*goal.metrics, by) if m in ASIDE]:
+            raise BudgetError(f"{aside[0]} is not measured in a study, because {ASIDE[aside[0]]}")
         unasked = [m for m in goal.metrics if m in ON_TASKS and all(t.value(m) is None for t in trials)]
         if unasked and parent:
             raise BudgetError(f"no trial has a measured {unasked[0]}; optimize with --task in another folder")

@@ -146,6 +146,7 @@ class Work:
     def _quality(self, model: Model, size: str) -> Measurement:
         """Fidelity on the sample of that size; on the full one the study's tasks as well."""
         from fivefold.engines import open_session
+        from fivefold.study.pareto import UNSCREENED
         from fivefold.study.quality import on_tasks
         from fivefold.tasks.fidelity import Reference, fidelity
         from fivefold.tokenizer import Tokenizer
@@ -155,7 +156,9 @@ class Work:
         session = None if itself else open_session(model)
         try:
             found = (reference.itself() if session is None else fidelity(session, reference)).measurement
-            if size == "full":
+            if size == "screen":
+                found = Measurement({n: q for n, q in found.items() if n not in UNSCREENED}, found.context)
+            else:
                 found = found.merged(on_tasks(self.folder, session, Tokenizer(self.model.tokenizer_file)))
         finally:
             if session is not None:

@@ -21,7 +21,7 @@ import importlib
 import itertools
 import json
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +116,12 @@ def joined(answers: Sequence[Answers]) -> Answers:
     )
 
 
+def same_items(parent: Answers, candidate: Answers) -> None:
+    """Raises DataError when the two answered different items."""
+    if parent.digest != candidate.digest:
+        raise DataError(f"the two models answered different items of {parent.name}; answer the same items with both")
+
+
 @functools.cache
 def _modules() -> Mapping[str, ModuleType]:
     from fivefold.tasks import choice_sets
@@ -148,7 +154,8 @@ def answer(session: Session, tokenizer: Tokenizer, items: ChoiceSet) -> Answers:
     found = []
     for item in items.items:
         pairs = zip(item.contexts, item.continuations, strict=True)
-        scores = np.array([_log_likelihood(session, tokenizer, *pair) for pair in pairs])
+        score = functools.cache(lambda tokens: session.score(list(tokens)))  # answers of one token share all before
+        scores = np.array([_log_likelihood(score, tokenizer, *pair) for pair in pairs])
         if items.by_length:
             lengths = np.array([len(text.encode()) for text in item.continuations])
             scores = scores / lengths * lengths.mean()
@@ -157,14 +164,16 @@ def answer(session: Session, tokenizer: Tokenizer, items: ChoiceSet) -> Answers:
     return Answers(items.name, items.digest, tuple(found), np.array([i.answer for i in items.items]))
 
 
-def _log_likelihood(session: Session, tokenizer: Tokenizer, context: str, continuation: str) -> float:
+def _log_likelihood(
+    score: Callable[[tuple[int, ...]], NDArray[np.float32]], tokenizer: Tokenizer, context: str, continuation: str
+) -> float:
     """Sum of log p over the tokens of `continuation`; a token that spans both texts counts to it."""
     before, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
     common = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, whole, strict=False))
     first = max(1, min(len(list(common)), len(whole) - 1))
     if len(whole) < 2:
         raise DataError(f"the question {context[:40]!r} is too short to be scored; give at least one word")
-    scored = session.score(whole[:-1])
+    scored = score(tuple(whole[:-1]))
     total = float(scored[np.arange(first - 1, len(whole) - 1), whole[first:]].sum(dtype=np.float64))
     if not np.isfinite(total):
         raise NotFinite("the model gives log-probabilities that are not numbers")

@@ -7,6 +7,7 @@ in its own engine without the parent in memory:
     agreement   share of positions where both have the same most likely token
     kl          mean of KL(parent || candidate) in nats
     loss        mean of -log q(true token); perplexity = exp(loss)
+    ece         how far the confidence in the most likely token is from how often it is the true one (`calibration`)
 
 KL is computed over k + 1 outcomes, the k tokens and "any other": sum_i p_i log(p_i / q_i) + t_p log(t_p / t_q).
 Merging outcomes never raises a KL divergence (data-processing inequality), so this is a lower bound; what is missing
@@ -30,7 +31,7 @@ from fivefold.engines import Session
 from fivefold.errors import DataError, NotFinite
 from fivefold.files import atomic_file
 from fivefold.quantity import Measurement, Quantity
-from fivefold.tasks import _intervals
+from fivefold.tasks import _intervals, calibration
 
 TINY = 1e-30
 
@@ -70,10 +71,18 @@ class Reference:
     def window(self) -> NDArray[np.int64]:
         return np.repeat(np.arange(len(self.windows)), [len(w) - 1 for w in self.windows])
 
+    @property
+    def true(self) -> NDArray[np.int64]:
+        """The token that really follows, at each position."""
+        return np.array([t for w in self.windows for t in w[1:]], np.int64)
+
     def itself(self) -> Fidelity:
         """The recorded model against itself: it agrees everywhere, at its own log-loss. Nothing is scored again."""
         n = len(self.true_logp)
-        return Fidelity(np.ones(n, bool), np.zeros(n), -self.true_logp.astype(np.float64), self.window)
+        return Fidelity(
+            np.ones(n, bool), np.zeros(n), -self.true_logp.astype(np.float64), self.window,
+            np.exp(self.logp[:, 0].astype(np.float64)), self.ids[:, 0] == self.true,
+        )
 
     def save(self, path: Path) -> Path:
         """One .npz without pickle, whole or absent."""
@@ -105,12 +114,17 @@ class Reference:
 
 @dataclass(frozen=True, eq=False)
 class Fidelity:
-    """Per-token arrays, shape (n,), for paired comparison; `window` is the cluster of each token."""
+    """Per-token arrays, shape (n,), for paired comparison; `window` is the cluster of each token.
+
+    `confidence` is the probability of the most likely token, `right` says whether it is the true one.
+    """
 
     agree: NDArray[np.bool_]
     kl: NDArray[np.float64]
     loss: NDArray[np.float64]
     window: NDArray[np.int64]
+    confidence: NDArray[np.float64]
+    right: NDArray[np.bool_]
 
     @property
     def per_token(self) -> dict[str, NDArray[Any]]:
@@ -124,7 +138,7 @@ class Fidelity:
 
     @property
     def measurement(self) -> Measurement:
-        """agreement, kl, kl_p99, loss, perplexity with 95 % intervals."""
+        """agreement, kl, kl_p99, loss, perplexity, ece with 95 % intervals."""
         loss = _intervals.mean(self.loss, self.window, "nat/token")
         quantiles = self.kl_quantiles
         found = {
@@ -133,9 +147,11 @@ class Fidelity:
             "kl_p99": quantiles["p99"],
             "loss": loss,
             "perplexity": _exp(loss),
+            "ece": calibration.calibration(self.confidence, self.right, self.window),
         }
         context = {"tokens": len(self.kl), "windows": len(set(self.window.tolist())),
-                   "kl_median": quantiles["median"].value, "kl_p90": quantiles["p90"].value}
+                   "kl_median": quantiles["median"].value, "kl_p90": quantiles["p90"].value,
+                   "ece_floor": round(calibration.floor(self.confidence), 4)}
         return Measurement(found, context)
 
 
@@ -146,7 +162,7 @@ def fidelity(session: Session, reference: Reference) -> Fidelity:
             f"the candidate has {session.vocab} tokens and its parent {reference.vocab};"
             " fidelity compares models with one vocabulary"
         )
-    agree, kl, loss = [], [], []
+    agree, kl, loss, sure, right = [], [], [], [], []
     start = 0
     for window in reference.windows:
         rows = slice(start, start + len(window) - 1)
@@ -157,9 +173,13 @@ def fidelity(session: Session, reference: Reference) -> Fidelity:
         rest = np.maximum(_tail(scored, theirs), TINY)
         inside = (np.exp(logp) * (logp - theirs.astype(np.float64))).sum(1)
         kl.append(inside + tail * np.log(np.maximum(tail, TINY) / rest))
-        agree.append(scored.argmax(1) == ids[:, 0])
+        top = scored.argmax(1)
+        agree.append(top == ids[:, 0])
+        sure.append(np.exp(scored[np.arange(len(top)), top].astype(np.float64)))
+        right.append(top == np.asarray(window[1:]))
         loss.append(-_true(scored, window).astype(np.float64))
-    return Fidelity(np.concatenate(agree), np.concatenate(kl), np.concatenate(loss), reference.window)
+    agrees, diverges, losses, confident, hits = map(np.concatenate, (agree, kl, loss, sure, right))
+    return Fidelity(agrees, diverges, losses, reference.window, confident, hits)
 
 
 def _scored(session: Session, window: Sequence[int]) -> NDArray[np.float32]:

@@ -13,10 +13,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fivefold.errors import DataError
 from fivefold.quantity import Measurement
 from fivefold.tasks import _intervals
-from fivefold.tasks.choice import Answers
+from fivefold.tasks.choice import Answers, same_items
 
 
 def js_distance(p: ArrayLike, q: ArrayLike) -> float:
@@ -33,8 +32,7 @@ def _kl(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 def per_item(parent: Answers, candidate: Answers) -> NDArray[np.float64]:
     """1 - Jensen-Shannon distance of each item, shape (n,). Raises DataError when the items differ."""
-    if parent.digest != candidate.digest:
-        raise DataError(f"the two models answered different items of {parent.name}; answer the same items with both")
+    same_items(parent, candidate)
     pairs = zip(parent.probabilities, candidate.probabilities, strict=True)
     return np.array([1 - js_distance(p, q) for p, q in pairs])
 
