@@ -207,13 +207,13 @@ def main() -> None:
                 continue
             print(f"{name}: {(given.keep / f'{name}.json').read_text()[:300]}", flush=True)
     records = [json.loads(file.read_text()) for n in names if (file := given.keep / f"{n}.json").is_file()]
-    body = ("SmolLM2-135M, off-grid parent; ratios are with / without, medians over rounds.\n\n"
-            + table(HEADS, [row(f) for f in records if "why" not in f]))
-    body += "".join(f"\n- `{f['name']}`: {f['why']}" for f in records if "why" in f)
     if not given.quick:
         write_records([f for f in records if "why" not in f])
     if given.quality:
         return
+    body = ("SmolLM2-135M, off-grid parent; ratios are with / without, medians over rounds.\n\n"
+            + table(HEADS, [row(f) for f in records if "why" not in f]))
+    body += "".join(f"\n- `{f['name']}`: {f['why']}" for f in records if "why" in f)
     publish("techniques", "Every technique of inference, with and without", body, packages=("torch", "xllamacpp"),
             keep=not given.quick)
 
