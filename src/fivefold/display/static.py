@@ -143,10 +143,10 @@ def _entry(out: Any, entry: Any) -> None:
     """One technique: its text as flowing paragraphs, what it declares, its fields."""
     from fivefold.verbs import default, legal
 
-    out.print(Text(entry.name, style="bold"), "\n")
+    out.print(Text(f"{entry.name}\n", style="bold"))
     for paragraph in entry.text.split("\n\n"):
         as_is = any(line.startswith("  ") for line in paragraph.splitlines())
-        out.print(Text(paragraph if as_is else " ".join(paragraph.split())), "\n")
+        out.print(Text(f"{paragraph if as_is else ' '.join(paragraph.split())}\n"))
     for fact in entry.facts:
         out.print(Text(f"- {fact}"))
     if entry.fields:
