@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ def plan(planned: Any, out: Console | None = None) -> None:
     """A `study.plan.Plan`."""
     out = out or console()
     out.print(Text("plan", style="bold"))
-    out.print(f"  searches {', '.join(planned.techniques)}: up to {planned.recipes:,.0f} recipes")
+    count = f"{planned.recipes:,.0f}" if planned.recipes < 1e9 else f"10^{math.log10(planned.recipes):.0f}"
+    out.print(f"  searches {', '.join(planned.techniques)}: up to {count} recipes")
     for why, names in _reasons({n: why for n, why in planned.dropped.items() if "(" not in n}).items():
         out.print(Text(f"  not searched: {', '.join(names)}: {why}", style="dim"))
     out.print(
