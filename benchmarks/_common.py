@@ -7,17 +7,22 @@ versions. `publish` writes and prints it and joins all fragments into docs/bench
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from assemble import FRAGMENTS, assemble
 
+from fivefold.errors import FivefoldError
+from fivefold.files import write_text
 from fivefold.machine import Machine
 from fivefold.quantity import Quantity
+from fivefold.recipe import Stage, catalogue
 
 
 def publish(name: str, title: str, body: str, *, packages: Sequence[str] = (), keep: bool = True) -> str:
@@ -29,6 +34,28 @@ def publish(name: str, title: str, body: str, *, packages: Sequence[str] = (), k
         (FRAGMENTS / f"{name}.md").write_text(text, encoding="utf-8")
         assemble()
     return text
+
+
+def by_isa(name: str, title: str) -> tuple[str, str]:
+    """Name and title of a kernel's fragment: processors with AVX-512, with AVX2 and with neither have one each."""
+    isa = Machine.load().isa
+    if "avx512" in isa:
+        return name, title
+    return (f"{name}_avx2", f"{title}, AVX2") if "avx2" in isa else (f"{name}_plain", f"{title}, no wide vectors")
+
+
+def attempt(name: str, folder: Path, work: Callable[[], dict[str, Any]]) -> None:
+    """Write what `work` returns to `folder/name.json`, or the sentence with which it was refused."""
+    try:
+        found = work()
+    except FivefoldError as error:
+        found = {"name": name, "why": str(error)}
+    write_text(folder / f"{name}.json", json.dumps(found))
+
+
+def of_inference() -> list[str]:
+    """The techniques of inference, in the catalogue's order."""
+    return [n for n, t in catalogue().items() if t.__module__.split(".")[-2].upper() == Stage.INFERENCE.name]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _common import interval, number, publish, table
+from _common import by_isa, interval, number, publish, table
 from torch import Tensor, nn
 
 from fivefold.engines._layers.selected_ffn import SelectedFeedForward
@@ -184,9 +184,7 @@ def main() -> None:
              "than float32", "than dense", "share of limit", "dense at its limit")
     said = f"One token, {asked.threads} thread(s), {asked.rounds} rounds; predictors of rank {RANK}."
     name, title = "kernel_gather", "Skipping inputs and neurons against dense bfloat16"
-    if "avx512" not in Machine.load().isa:
-        name, title = f"{name}_avx2", f"{title}, without AVX-512"
-    publish(name, title, f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
+    publish(*by_isa(name, title), f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from _common import number, publish, table
+from _common import by_isa, number, publish, table
 
 from fivefold.engines._layers import grouped, ternary
 from fivefold.engines._layers.grouped import GroupedLinear
@@ -108,11 +108,9 @@ def main() -> None:
                               number(size / took / best, 2) if best else "-"])
     heads = ("layer", "us", "times as fast as bfloat16", "as float32", "bytes of bfloat16", "GB/s", "of bandwidth")
     how = "processor time" if given.cpu_time else "wall clock"
-    wide = "avx512" in machine.isa
     told = f"{given.threads} threads, {how}, {given.rows} rows of activations, {given.rounds} rounds"
-    publish("kernel_grouped" if wide else "kernel_grouped_avx2",
-            f"Codes of 2 to 8 bits times a vector{'' if wide else ', without AVX-512'}",
-            f"{told}\n\n{table(heads, lines)}", packages=("torch",), keep=given.keep)
+    name, title = "kernel_grouped", "Codes of 2 to 8 bits times a vector"
+    publish(*by_isa(name, title), f"{told}\n\n{table(heads, lines)}", packages=("torch",), keep=given.keep)
 
 
 if __name__ == "__main__":

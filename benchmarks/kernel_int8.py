@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from _common import number, publish, table
+from _common import by_isa, number, publish, table
 from torch import Tensor, nn
 
 from fivefold.engines._layers.int8_activations import Int8Linear, pack
@@ -147,9 +147,7 @@ def main() -> None:
         f" reads at {bandwidth / 1e9:.1f} GB/s. \"Against\" is how many times faster ours is."
     )
     name, title = "kernel_int8", "Weights and activations in 8 bits"
-    if "avx512" not in isa:
-        name, title = f"{name}_avx2", f"{title}, without AVX-512"
-    publish(name, title, f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
+    publish(*by_isa(name, title), f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from _common import number, publish, table
+from _common import by_isa, number, publish, table
 from torch import Tensor, nn
 
 from fivefold.engines._layers.sparse import SparseLinear, pack
@@ -103,9 +103,7 @@ def main() -> None:
              "sparse: share of limit", "dense: share of limit", "over perfect dense")
     said = f"{asked.inputs} row(s) of activations, {asked.threads} thread(s){', processor time' * asked.cpu_time}."
     name, title = "kernel_sparse", "Weights without their zeros against dense bfloat16"
-    if "avx512" not in Machine.load().isa:
-        name, title = f"{name}_avx2", f"{title}, without AVX-512"
-    publish(name, title, f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
+    publish(*by_isa(name, title), f"{said}\n\n{table(heads, rows)}", packages=("torch",), keep=asked.keep)
 
 
 if __name__ == "__main__":

@@ -20,13 +20,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _common import number, publish, table
+from _common import attempt, number, of_inference, publish, table
 
 from fivefold import bundled
-from fivefold.errors import FivefoldError
 from fivefold.meters.memory import PeakMemory
 from fivefold.model import Model, load
-from fivefold.recipe import Recipe, Stage, catalogue
+from fivefold.recipe import Recipe, catalogue
 
 GIB = 2**30
 LIMIT = 20.0
@@ -101,15 +100,10 @@ def main() -> None:
     given = options.parse_args()
     given.keep.mkdir(parents=True, exist_ok=True)
     if given.one:
-        try:
-            found = one(given.one, given)
-        except FivefoldError as error:
-            found = {"name": given.one, "why": str(error)}
-        (given.keep / f"{given.one}.json").write_text(json.dumps(found), encoding="utf-8")
+        attempt(given.one, given.keep, lambda: one(given.one, given))
         return
     model = large(given.keep / "model", given.width, given.layers)
-    names = [n for n, t in catalogue().items()
-             if t.__module__.split(".")[-2].upper() == Stage.INFERENCE.name and not t.runtime]
+    names = [n for n in of_inference() if not catalogue()[n].runtime]
     for name in [n for n in given.only.split(",") if n] or names:
         file = given.keep / f"{name}.json"
         if not file.is_file():

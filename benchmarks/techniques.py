@@ -23,19 +23,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from _common import interval, number, publish, table
+from _common import attempt, interval, number, of_inference, publish, table
 
 import fivefold.study
 from fivefold import bundled
 from fivefold.engines import open_session
-from fivefold.errors import FivefoldError
 from fivefold.files import write_text
 from fivefold.machine import Machine
 from fivefold.meters.interleaved import Interleaved, Job
 from fivefold.meters.memory import PeakMemory
 from fivefold.model import Model
 from fivefold.quantity import Quantity
-from fivefold.recipe import Recipe, Stage, catalogue
+from fivefold.recipe import Recipe, catalogue
 from fivefold.study.build import Builder, Built
 from fivefold.study.in_turn import spread
 from fivefold.study.predictor import Predictor
@@ -188,15 +187,10 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="write no fragment")
     given = options.parse_args()
     if given.one:
-        try:
-            found = one(given.one, given)
-        except FivefoldError as error:
-            found = {"name": given.one, "why": str(error)}
-        (given.keep / f"{given.one}.json").write_text(json.dumps(found), encoding="utf-8")
+        attempt(given.one, given.keep, lambda: one(given.one, given))
         return
     given.keep.mkdir(parents=True, exist_ok=True)
-    names = [n for n, t in catalogue().items() if t.__module__.split(".")[-2].upper() == Stage.INFERENCE.name]
-    names.sort(key=lambda n: n in LAST)
+    names = sorted(of_inference(), key=lambda n: n in LAST)
     for name in [n for n in given.only.split(",") if n] or names:
         if not (given.keep / f"{name}.json").is_file():
             command = [sys.executable, __file__, "--one", name, "--keep", str(given.keep), "--rounds",

@@ -196,3 +196,20 @@ def test_neighbouring_keys() -> None:
     assert (beside("q"), beside("s"), beside("M"), beside("é"), beside("-")) == ("w", "ad", "N", "", "")
     for letter in "".join(KEYS):
         assert all(letter in beside(other) for other in beside(letter))
+
+
+def test_an_edit_that_outgrows_the_context_is_skipped() -> None:
+    class Short(Keyword):
+        def score(self, tokens: Sequence[int]) -> np.ndarray:
+            if len(tokens) > room:
+                raise DataError("the text does not fit the context; shorten it")
+            return super().score(tokens)
+
+    question = "a splendid film that nobody wanted to end"
+    items = ChoiceSet("one", (Item((question,) * 2, (" y", " n"), 0),), by_length=False)
+    room = len(question) + 1
+    found = attack(Short({"splendid": 1.0}), Letters(), items).items[0]
+    assert found.before and len(found.text) <= len(question) and found.queries > 0
+    room -= 1
+    with pytest.raises(DataError, match="context"):
+        attack(Short({"splendid": 1.0}), Letters(), items)

@@ -16,7 +16,7 @@ from fivefold.study.analysis import change, word
 from fivefold.study.picks import Pick, ratios_by, tested
 
 COLUMNS = ("decode", "ttft", "memory", "size", "energy", "money", "agreement", "perplexity", "accuracy", "flips")
-ON_TASKS = ("accuracy", "flips")
+IF_ASKED = ("accuracy", "flips")
 
 
 def honesty(machine: Any, out: Console | None = None) -> None:
@@ -124,7 +124,7 @@ def _side_by_side(arms: Sequence[tuple[str, Any, Mapping[str, Quantity]]], out: 
     grid = table("", *(heading for heading, _, _ in arms))
     grid.add_row("trial", *(str(trial.number) for _, trial, _ in arms))
     grid.add_row("recipe", *(Text(trial.recipe, style="green") for _, trial, _ in arms))
-    for name in (n for n in COLUMNS if n not in ON_TASKS or any(n in trial.measurement for _, trial, _ in arms)):
+    for name in (n for n in COLUMNS if n not in IF_ASKED or any(n in trial.measurement for _, trial, _ in arms)):
         grid.add_row(name, *(_cell(trial.measurement.get(name), ratios.get(name)) for _, trial, ratios in arms))
     out.print(grid)
     out.print(Text(LEGEND, style="dim"))

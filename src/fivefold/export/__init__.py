@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fivefold.errors import ModelError
-from fivefold.files import storage
+from fivefold.files import atomic_file, storage
 from fivefold.model import Model
 
 DRAFT = "draft.gguf"
@@ -29,9 +29,9 @@ def export(model: Model, folder: Path) -> Model:
         return done
     import shutil
 
-    with storage(folder):
-        target = shutil.copyfile(model.decode.draft, folder / DRAFT)
-    return done.but(decode=replace(done.decode, draft=Path(target)))
+    with storage(model.decode.draft), model.decode.draft.open("rb") as source:
+        target = atomic_file(folder / DRAFT, lambda file: shutil.copyfileobj(source, file))
+    return done.but(decode=replace(done.decode, draft=target))
 
 
 def _written(model: Model, folder: Path) -> Model:

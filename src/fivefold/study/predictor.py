@@ -169,7 +169,8 @@ class Predictor:
         written, read = planned_bytes(self.model, planned)
         if not recipe.build.techniques:
             there = size_on_disk(self.model)
-            return there, there if planned.format == "gguf" else read * min(1.0, there / written)
+            own = there - planned.decode.draft_bytes
+            return there, own if planned.format == "gguf" else read * min(1.0, there / written)
         return written, read
 
     def _physics(self, o: Outline) -> dict[str, float]:

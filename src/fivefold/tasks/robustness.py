@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +67,8 @@ ALIKE = {
 _WORD = re.compile(r"([^\W\d_]+(?:['’][^\W\d_]+)*)")
 
 Ask = Callable[[str], tuple[float, bool]]
-"""A question's shared text -> (margin of the right answer, whether it is still chosen)."""
+"""A question's shared text -> (margin of the right answer, whether it is still chosen); an edited text that the model
+cannot read, because it outgrew the context, has an infinite margin and so is never kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +116,12 @@ def attack(session: Session, tokenizer: Tokenizer, items: ChoiceSet, seed: int =
     for item in items.items:
         def ask(text: str, item: Item = item) -> tuple[float, bool]:
             one = replace(items, items=(_with(item, text),))
-            p = answer(session, tokenizer, one).probabilities[0]
+            try:
+                p = answer(session, tokenizer, one).probabilities[0]
+            except DataError:
+                if text == shared(item):
+                    raise
+                return math.inf, True
             others = np.delete(p, item.answer).max()
             margin = float(np.log(max(p[item.answer], 1e-300)) - np.log(max(others, 1e-300)))
             return margin, bool(p.argmax() == item.answer)
