@@ -30,6 +30,9 @@ from fivefold.study.trial import Outcome, Trial, estimate
 
 RESERVE = 1.25
 ASKS = 6
+UNANSWERED = 1 / 3
+"""Share of what is left that one trial may take while nothing measured meets the budget: a first answer comes before a
+dear one, whose forecast may be wrong."""
 DEFAULT_TRIALS = 40
 PREDICTED_IN_A_ROW = 200
 SCREEN_SHARE = ("build", "screen", "overhead")
@@ -124,10 +127,10 @@ class Policy:
             return Stop("the cost model objects to every further proposal")
         forecast = self.predictor.after(trials)
         parent = estimate(trials[0])
-        expected = math.inf
+        expected, share = math.inf, 1.0 if answered(trials, self.goal) else UNANSWERED
         for attempt in range(ASKS):
             rng = random.Random(f"{self.seed}:{len(trials)}:{attempt}")
-            recipe = self.sampler.ask(trials, self.space, rng, left / RESERVE)
+            recipe = self.sampler.ask(trials, self.space, rng, share * left / RESERVE)
             if recipe is None:
                 return Stop("every recipe of the space was tried")
             predicted = forecast.predict(recipe)
@@ -185,6 +188,12 @@ class Policy:
 def spent_seconds(trials: Sequence[Trial]) -> float:
     """Seconds by phase summed over trials; keys with a dot are details or other units."""
     return sum(s for t in trials for phase, s in t.spent.items() if "." not in phase)
+
+
+def answered(trials: Sequence[Trial], goal: Goal) -> bool:
+    """Whether something that was measured meets the budget."""
+    parent = estimate(trials[0])
+    return any(t.outcome is Outcome.MEASURED and goal.budget.met(estimate(t), parent) for t in trials)
 
 
 def promoted(trials: Sequence[Trial], goal: Goal) -> Trial | None:
